@@ -1,0 +1,101 @@
+"""What both faces need of gRPC: the channel's options, the stubs, and errors made ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.rpc.error_details_pb2 import ErrorInfo
+from grpc_status import rpc_status
+
+from stratabox.client import errors
+from stratabox.client.errors import StrataboxError
+from stratabox.v1.host_pb2_grpc import HostServiceStub
+from stratabox.v1.images_pb2_grpc import ImagesServiceStub
+from stratabox.v1.sandboxes_pb2_grpc import SandboxesServiceStub
+from stratabox.v1.snapshots_pb2_grpc import SnapshotsServiceStub
+
+# An answer of `execute` may hold twice 16 MiB of output.
+_LARGEST_MESSAGE = 64 << 20  # bytes
+
+CHANNEL_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
+    ("grpc.max_send_message_length", _LARGEST_MESSAGE),
+    # The daemon is near: look for a restarted one soon, and never through a proxy.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.enable_http_proxy", 0),
+]
+
+_BY_CODE: dict[grpc.StatusCode, type[StrataboxError]] = {
+    grpc.StatusCode.NOT_FOUND: errors.NotFoundError,
+    grpc.StatusCode.ALREADY_EXISTS: errors.AlreadyExistsError,
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidArgumentError,
+    grpc.StatusCode.FAILED_PRECONDITION: errors.DeniedError,
+    grpc.StatusCode.ABORTED: errors.ConflictError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.NoSpaceError,
+    grpc.StatusCode.UNAVAILABLE: errors.UnavailableError,
+    grpc.StatusCode.DATA_LOSS: errors.CorruptError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceededError,
+    grpc.StatusCode.UNIMPLEMENTED: errors.UnsupportedError,
+    grpc.StatusCode.INTERNAL: errors.InternalError,
+}
+
+
+def stubs(channel: Any) -> dict[str, Any]:
+    """Make the stubs of every service, by the names that plans use."""
+    return {
+        "sandboxes": SandboxesServiceStub(channel),
+        "snapshots": SnapshotsServiceStub(channel),
+        "images": ImagesServiceStub(channel),
+        "host": HostServiceStub(channel),
+    }
+
+
+def deadline(timeout: float | None, waits: float) -> float | None:
+    """Add the client's own time-out and what the daemon was told that it may take."""
+    return None if timeout is None else timeout + waits
+
+
+def unpack(error: grpc.RpcError, address: str) -> StrataboxError:
+    """Turn gRPC's error into ours: the only place that reads google.rpc.Status.
+
+    :param address: Of the daemon, for the error that says that it does not answer.
+    """
+    call: Any = error  # every RpcError that a call raises is a call, too
+    code: grpc.StatusCode = call.code()
+    details: str = call.details() or ""
+    info = _error_info(call)
+    if info is not None:
+        otherwise = _BY_CODE.get(code, StrataboxError)
+        return errors.from_reason(info.reason, details, dict(info.metadata), otherwise=otherwise)
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return errors.DaemonUnavailableError(_unreachable(details, address), address=address)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return errors.DeadlineExceededError("the time for this call was up")
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return errors.UnsupportedError(f"the daemon at {address} does not know this call")
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        # Without ErrorInfo it is gRPC itself that speaks: a message is larger than the limit.
+        return StrataboxError(details, reason=code.name)
+    return _BY_CODE.get(code, StrataboxError)(details, reason=code.name)
+
+
+def _error_info(call: Any) -> ErrorInfo | None:
+    try:
+        status = rpc_status.from_call(call)
+    except ValueError:  # the trailer contradicts the call: somebody else's doing
+        return None
+    for detail in status.details if status is not None else ():
+        info = ErrorInfo()
+        if detail.Unpack(info):
+            return info
+    return None
+
+
+def _unreachable(details: str, address: str) -> str:
+    if "Permission denied" in details:
+        return f"no permission to speak to the daemon at {address}"
+    if "Socket closed" in details or "reset by peer" in details:
+        return f"the daemon at {address} went away in the middle of the call"
+    return f"no daemon answers at {address}; start one with: stratabox daemon"

@@ -1,0 +1,57 @@
+"""The command line, `stratabox`: one module for each noun.
+
+`main` is the console script. The modules here import click and the SDK's records and errors;
+gRPC and rich are imported when a command first needs them, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import click
+
+from stratabox.client.cli.app import Commands
+from stratabox.client.cli.config import config
+from stratabox.client.cli.daemon import daemon
+from stratabox.client.cli.doctor import doctor
+from stratabox.client.cli.image import image
+from stratabox.client.cli.options import common
+from stratabox.client.cli.sandbox import sandbox
+from stratabox.client.cli.snapshot import snapshot
+from stratabox.client.cli.version import version
+
+__all__ = ["cli", "main"]
+
+_EPILOG = """\b
+Exit codes:
+  0    done
+  1    it was tried and failed
+  2    the command line or the request cannot be right
+  3    there is no such sandbox, snapshot or image
+  4    its state does not allow that, something needs it, or the name is ambiguous or taken
+  5    no daemon answers
+  124  the time was up (--timeout, --wait-timeout)
+  130  interrupted
+`sandbox exec` exits with the command's own code, or 128 + the signal that ended it.
+
+\b
+The daemon is looked for at --address, STRATABOX_ADDRESS, the configuration file's
+address, or the state folder's default socket."""
+
+
+@click.group(cls=Commands, epilog=_EPILOG, context_settings={"max_content_width": 100})
+@common
+def cli() -> None:
+    """Real virtual machines as local sandboxes: freeze, branch and restore them at will."""
+
+
+cli.add_command(sandbox)
+cli.add_command(snapshot)
+cli.add_command(image)
+cli.add_command(config)
+cli.add_command(doctor)
+cli.add_command(daemon)
+cli.add_command(version)
+
+
+def main() -> None:
+    """Run the command line of this process, and exit."""
+    cli.main(prog_name="stratabox")

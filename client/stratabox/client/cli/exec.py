@@ -1,0 +1,106 @@
+"""`stratabox sandbox exec`: one command in a guest, as if it ran here."""
+
+from __future__ import annotations
+
+import base64
+import sys
+from typing import Any
+
+import click
+
+from stratabox.client.cli.app import App, pass_app
+from stratabox.client.cli.failures import TIMED_OUT
+from stratabox.client.cli.options import DURATION, common, env_option
+from stratabox.client.cli.output import jsonable, print_json
+from stratabox.client.records import ExecuteResult
+
+
+class _ExecCommand(click.Command):
+    """Parses `exec [OPTIONS] [SANDBOX] [OPTIONS] COMMAND…`.
+
+    Options end at the first word of the command, whatever that word and the ones behind it look
+    like. Without --session, the first word that is no option is the sandbox.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Turn a leading sandbox into --session, then parse as usual."""
+        given, rest, _ = self.make_parser(ctx).parse_args(list(args))
+        if rest and "session" not in given:
+            before = args[: len(args) - len(rest)]
+            if before[-1:] == ["--"]:  # options had ended before the sandbox
+                args = [*before[:-1], f"--session={rest[0]}", "--", *rest[1:]]
+            else:
+                args = [*before, f"--session={rest[0]}", *rest[1:]]
+        return super().parse_args(ctx, args)
+
+
+@click.command(
+    "exec",
+    cls=_ExecCommand,
+    context_settings={"allow_interspersed_args": False},
+    options_metavar="[SANDBOX] [OPTIONS]",
+)
+@click.option("--session", metavar="SANDBOX", required=True, help="Instead of the argument.")
+@click.option("--timeout", type=DURATION, metavar="DURATION", help="Then it is killed; as 30s.")
+@env_option
+@click.option("--cwd", metavar="FOLDER", help="Working directory in the guest.")
+@common
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@pass_app
+@click.pass_context
+def execute(
+    ctx: click.Context,
+    app: App,
+    session: str,
+    timeout: float | None,
+    env: tuple[tuple[str, str], ...],
+    cwd: str | None,
+    command: tuple[str, ...],
+) -> None:
+    """Run one command in a guest and exit with its code.
+
+    Everything from the first word of the command on is the command's own. What it prints comes out
+    as it is, when it has ended. Exits with 128 + N when signal N ended it, with 124 when its time
+    was up. For a shell: stratabox sandbox exec SANDBOX sh -c '...'
+    """
+    with app.client() as client:
+        result = client.sandboxes.execute(session, command, cwd=cwd, env=dict(env), timeout=timeout)
+    if app.json:
+        print_json(_as_json(result))
+    else:
+        _print_output(result)
+        for name, cut in (("stdout", result.stdout_truncated), ("stderr", result.stderr_truncated)):
+            if cut:
+                app.note(f"warning: {name} was cut: there was more than is kept")
+        if result.timed_out:
+            app.note("error: the time was up, and the command was killed")
+    ctx.exit(_exit_code(result))
+
+
+def _print_output(result: ExecuteResult) -> None:
+    sys.stdout.buffer.write(result.stdout)
+    sys.stdout.buffer.flush()
+    sys.stderr.buffer.write(result.stderr)
+    sys.stderr.buffer.flush()
+
+
+def _as_json(result: ExecuteResult) -> dict[str, Any]:
+    body: dict[str, Any] = jsonable(
+        {"exit_code": result.exit_code, "signal": result.signal, "timed_out": result.timed_out}
+    )
+    for name, data in (("stdout", result.stdout), ("stderr", result.stderr)):
+        body[name] = data.decode(errors="replace")
+        is_text = body[name].encode() == data
+        body[f"{name}_base64"] = None if is_text else base64.b64encode(data).decode()
+    body["stdout_truncated"] = result.stdout_truncated
+    body["stderr_truncated"] = result.stderr_truncated
+    body["duration_seconds"] = result.duration.total_seconds()
+    return body
+
+
+def _exit_code(result: ExecuteResult) -> int:
+    if result.timed_out:
+        return TIMED_OUT
+    if result.signal is not None:
+        return 128 + result.signal
+    return (result.exit_code or 0) & 0xFF

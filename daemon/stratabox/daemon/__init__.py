@@ -1,0 +1,1 @@
+"""The daemon: API, use cases, hypervisor, image builders, configuration, doctor."""

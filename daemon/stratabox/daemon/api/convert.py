@@ -1,0 +1,253 @@
+"""Records to messages, and the parts of messages to arguments."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import TypeVar
+
+from google.protobuf import duration_pb2, timestamp_pb2
+from google.protobuf.message import Message
+
+from stratabox.daemon.api.errors import status_of
+from stratabox.daemon.lifecycle.events import Event, Happening
+from stratabox.daemon.lifecycle.once import Key
+from stratabox.daemon.lifecycle.policy import Resources
+from stratabox.storage.model.errors import InvalidArgumentError, StrataboxError
+from stratabox.storage.model.records import Image, Machine, Sandbox, Snapshot
+from stratabox.storage.model.states import Boot, Level, SandboxState, SnapshotState
+from stratabox.v1 import records_pb2
+
+_KEY_BYTES = 256
+
+_LEVELS = {
+    Level.CRASH: records_pb2.SNAPSHOT_LEVEL_CRASH,
+    Level.APPLICATION: records_pb2.SNAPSHOT_LEVEL_APPLICATION,
+}
+_HAPPENINGS = {
+    Happening.PRESENT: records_pb2.EVENT_TYPE_PRESENT,
+    Happening.CREATED: records_pb2.EVENT_TYPE_CREATED,
+    Happening.UPDATED: records_pb2.EVENT_TYPE_UPDATED,
+    Happening.DELETED: records_pb2.EVENT_TYPE_DELETED,
+}
+
+
+def sandbox(record: Sandbox, depths: Mapping[int, int]) -> records_pb2.Sandbox:
+    """A sandbox's message; `depths` has each disk's chain depth by its index."""
+    return records_pb2.Sandbox(
+        id=record.id,
+        name=record.name,
+        state=records_pb2.SandboxState.Value(f"SANDBOX_STATE_{record.state.upper()}"),
+        state_reason=record.state_reason,
+        ready=record.ready,
+        image_id=record.image,
+        image_name=record.image_name,
+        source_snapshot_id=record.source_snapshot or "",
+        cpus=record.cpus,
+        memory=record.memory,
+        storage=record.storage,
+        env=record.env,
+        metadata=record.metadata,
+        tags=record.tags,
+        created_at=timestamp(record.created_at),
+        updated_at=timestamp(record.updated_at),
+        started_at=timestamp(record.started_at),
+        ready_at=timestamp(record.ready_at),
+        terminated_at=timestamp(record.terminated_at),
+        disks=[
+            records_pb2.Disk(
+                index=disk.index,
+                size_bytes=disk.size,
+                serial=disk.serial,
+                chain_depth=depths.get(disk.index, 0),
+            )
+            for disk in record.disks
+        ],
+        machine=machine(record.machine),
+        generation=record.generation,
+    )
+
+
+def machine(record: Machine) -> records_pb2.Machine:
+    """A machine's message."""
+    return records_pb2.Machine(
+        machine_type=record.machine_type,
+        accelerator=record.accelerator,
+        cpu_model=record.cpu_model,
+        qemu_version=record.qemu_version,
+        firmware_sha256=record.firmware_sha256,
+    )
+
+
+def snapshot(record: Snapshot) -> records_pb2.Snapshot:
+    """A snapshot's message."""
+    return records_pb2.Snapshot(
+        id=record.id,
+        name=record.name,
+        state=records_pb2.SnapshotState.Value(f"SNAPSHOT_STATE_{record.state.upper()}"),
+        consistency=level(record.consistency),
+        requested_level=level(record.requested_level),
+        source_sandbox_id=record.source_sandbox,
+        source_sandbox_name=record.source_sandbox_name,
+        image_id=record.image,
+        size_bytes=record.size,
+        layer_bytes=record.layer_bytes,
+        cpus=record.cpus,
+        memory=record.memory,
+        storage=record.storage,
+        env=record.env,
+        metadata=record.metadata,
+        created_at=timestamp(record.created_at),
+        ready_at=timestamp(record.ready_at),
+        expires_at=timestamp(record.expires_at),
+        failure_reason=record.failure_reason,
+        frozen_filesystems=record.frozen,
+        stall=duration(record.stall),
+        parent_snapshot_id=record.parent or "",
+        generation=record.generation,
+    )
+
+
+def image(record: Image, layer_bytes: int) -> records_pb2.Image:
+    """An image's message; `layer_bytes` is what its layer takes on the disk."""
+    boot = record.kernel_boot
+    return records_pb2.Image(
+        id=record.id,
+        name=record.name,
+        state=records_pb2.ImageState.Value(f"IMAGE_STATE_{record.state.upper()}"),
+        boot=(
+            records_pb2.BOOT_METHOD_KERNEL
+            if record.boot is Boot.KERNEL
+            else records_pb2.BOOT_METHOD_DISK
+        ),
+        origin=record.origin,
+        size_bytes=record.size,
+        layer_bytes=layer_bytes,
+        kernel_sha256=boot.kernel if boot else "",
+        initrd_sha256=boot.initrd if boot else "",
+        kernel_command_line=boot.command_line if boot else "",
+        created_at=timestamp(record.created_at),
+        generation=record.generation,
+    )
+
+
+def failure(error: StrataboxError) -> records_pb2.Failure:
+    """An error inside a reply."""
+    status = status_of(error)
+    return records_pb2.Failure(reason=error.reason, message=status.message, metadata=error.metadata)
+
+
+def happening(event: Event) -> records_pb2.EventType.ValueType:
+    """What happened."""
+    return _HAPPENINGS[event.happening]
+
+
+def level(value: Level | None) -> records_pb2.SnapshotLevel.ValueType:
+    """A level; unspecified for none."""
+    return records_pb2.SNAPSHOT_LEVEL_UNSPECIFIED if value is None else _LEVELS[value]
+
+
+def level_from(value: records_pb2.SnapshotLevel.ValueType) -> Level | None:
+    """A level; None for unspecified. :raise InvalidArgumentError: for one that is not known."""
+    if value == records_pb2.SNAPSHOT_LEVEL_UNSPECIFIED:
+        return None
+    for ours, theirs in _LEVELS.items():
+        if theirs == value:
+            return ours
+    raise InvalidArgumentError(f"there is no snapshot level {value}", field="level")
+
+
+def sandbox_states(values: Iterable[records_pb2.SandboxState.ValueType]) -> list[SandboxState]:
+    """States of a filter. :raise InvalidArgumentError: for one that is not known."""
+    return [
+        SandboxState(_enum_word(records_pb2.SandboxState.Name, value, "SANDBOX_STATE_"))
+        for value in values
+    ]
+
+
+def snapshot_states(values: Iterable[records_pb2.SnapshotState.ValueType]) -> list[SnapshotState]:
+    """States of a filter; "deleted" fits nothing.
+
+    :raise InvalidArgumentError: for one that is not known.
+    """
+    words = [_enum_word(records_pb2.SnapshotState.Name, v, "SNAPSHOT_STATE_") for v in values]
+    return [SnapshotState(word) for word in words if word != "deleted"]
+
+
+_Value = TypeVar("_Value", bound=int)
+
+
+def _enum_word(name_of: object, value: int, prefix: str) -> str:
+    try:
+        name: str = name_of(value)  # type: ignore[operator]
+    except ValueError as error:
+        raise InvalidArgumentError(f"there is no state {value}", field="states") from error
+    word = name.removeprefix(prefix).lower()
+    if word == "unspecified":
+        raise InvalidArgumentError("a state to filter by is not set", field="states")
+    return word
+
+
+def resources_from(message: records_pb2.Resources) -> Resources:
+    """The size of a guest."""
+    return Resources(
+        cpus=message.cpus if message.HasField("cpus") else None,
+        memory=message.memory if message.HasField("memory") else None,
+        storage=message.storage if message.HasField("storage") else None,
+    )
+
+
+def timestamp(time: datetime | None) -> timestamp_pb2.Timestamp | None:
+    """A time; None leaves the field unset."""
+    if time is None:
+        return None
+    message = timestamp_pb2.Timestamp()
+    message.FromDatetime(time)
+    return message
+
+
+def time_from(message: timestamp_pb2.Timestamp, field: str) -> datetime:
+    """A time. :raise InvalidArgumentError: when it is outside the calendar."""
+    try:
+        return message.ToDatetime(UTC)
+    except (ValueError, OverflowError) as error:
+        raise InvalidArgumentError(f"{field} is not a time", field=field) from error
+
+
+def duration(span: timedelta | None) -> duration_pb2.Duration | None:
+    """A span of time; None leaves the field unset."""
+    if span is None:
+        return None
+    message = duration_pb2.Duration()
+    message.FromTimedelta(span)
+    return message
+
+
+def seconds_from(message: duration_pb2.Duration, field: str) -> float:
+    """A span in seconds. :raise InvalidArgumentError: when it is negative or beyond a year."""
+    seconds = message.seconds + message.nanos / 1e9
+    if not 0 <= seconds <= 366 * 86400:
+        raise InvalidArgumentError(
+            f"{field} of {seconds:g} s is not within 0 s - 1 year", field=field
+        )
+    return seconds
+
+
+def key_from(method: str, request: Message) -> Key | None:
+    """A request's idempotency key, and the hash of all else in it.
+
+    :raise InvalidArgumentError: when the key is too long.
+    """
+    text: str = request.idempotency_key  # type: ignore[attr-defined]
+    if not text:
+        return None
+    if len(text.encode()) > _KEY_BYTES:
+        raise InvalidArgumentError(
+            f"idempotency_key is longer than {_KEY_BYTES} bytes", field="idempotency_key"
+        )
+    bare = type(request)()
+    bare.CopyFrom(request)
+    bare.ClearField("idempotency_key")
+    digest = hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
+    return Key(key=text, method=method, request=digest)

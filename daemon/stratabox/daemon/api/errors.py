@@ -1,0 +1,125 @@
+"""The one map from our errors to gRPC's codes, and the interceptor that applies it.
+
+Each error leaves as a google.rpc.Status with an ErrorInfo: the stable reason, the domain
+"stratabox", and the metadata. What is not ours is logged with its traceback and says only
+"internal error".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from stratabox.storage.model import errors
+
+log = logging.getLogger(__name__)
+
+DOMAIN = "stratabox"
+
+CODES: dict[type[errors.StrataboxError], grpc.StatusCode] = {
+    errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.AlreadyExistsError: grpc.StatusCode.ALREADY_EXISTS,
+    errors.InvalidArgumentError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.DeniedError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.FailedError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ConflictError: grpc.StatusCode.ABORTED,
+    errors.NoSpaceError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    errors.CorruptError: grpc.StatusCode.DATA_LOSS,
+    errors.InternalError: grpc.StatusCode.INTERNAL,
+}
+
+_METADATA_BYTES = 1024
+"""Of one value: gRPC refuses trailers of more than 8 KiB or so."""
+_MESSAGE_BYTES = 3072
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def code_of(error: errors.StrataboxError) -> grpc.StatusCode:
+    """The gRPC code of an error: its class's, or its nearest ancestor's."""
+    for kind in type(error).__mro__:
+        if kind in CODES:
+            return CODES[kind]
+    return grpc.StatusCode.INTERNAL
+
+
+def status_of(error: errors.StrataboxError) -> status_pb2.Status:
+    """An error as it goes over the wire."""
+    code = code_of(error)
+    message, metadata = error.message, error.metadata
+    if code is grpc.StatusCode.INTERNAL:
+        message, metadata = "internal error", {}
+    info = error_details_pb2.ErrorInfo(
+        reason=error.reason,
+        domain=DOMAIN,
+        metadata={key: _cut(value, _METADATA_BYTES) for key, value in metadata.items()},
+    )
+    detail = any_pb2.Any()
+    detail.Pack(info)
+    return status_pb2.Status(
+        code=code.value[0], message=_cut(message, _MESSAGE_BYTES), details=[detail]
+    )
+
+
+def unary(method: Method) -> Method:
+    """Answer one message; every error leaves by the map."""
+
+    @functools.wraps(method)
+    async def answer(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return await _guarded(method(self, request, context), context)
+
+    return answer  # type: ignore[return-value]
+
+
+def streaming(method: Method) -> Method:
+    """Answer a stream of messages; every error leaves by the map."""
+
+    @functools.wraps(method)
+    async def answer(
+        self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[Any]:
+        messages = method(self, request, context)
+        try:
+            while True:
+                try:
+                    message = await _guarded(anext(messages), context)
+                except StopAsyncIteration:
+                    return
+                yield message
+        finally:
+            await messages.aclose()
+
+    return answer  # type: ignore[return-value]
+
+
+async def _guarded(work: Awaitable[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    try:
+        return await work
+    except errors.StrataboxError as error:
+        if code_of(error) is grpc.StatusCode.INTERNAL:
+            log.exception("internal error")
+        status = status_of(error)
+    except (asyncio.CancelledError, StopAsyncIteration, grpc.aio.AbortError):
+        raise
+    except Exception:  # the edge: whatever this is, it is a bug, and ends as one answer
+        log.exception("internal error")
+        status = status_of(errors.InternalError("internal error"))
+    await context.abort_with_status(rpc_status.to_status(status))
+    raise AssertionError("abort_with_status returned")
+
+
+def _cut(text: str, limit: int) -> str:
+    encoded = text.encode("utf-8", "replace")
+    if len(encoded) <= limit:
+        return encoded.decode()
+    return encoded[: limit - 4].decode("utf-8", "ignore") + " ..."

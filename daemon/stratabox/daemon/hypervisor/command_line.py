@@ -1,0 +1,253 @@
+"""The virtual hardware, as QEMU's arguments. Pure: nothing here opens, starts or asks.
+
+All that a guest can see (addresses, serials, ids) is spelled out, because a later start must give
+it the same machine; QEMU's own choices may change with its version. PCI bus of every guest:
+
+```
+00.0 host bridge   02.0 random numbers   03.0 virtio-serial (agent)   04.0 network card
+05.0 panic         08.0+N disk N         1f.x ICH9
+```
+
+Options whose values are not fixed words are passed as JSON, so that no text can break out of its
+value. Files are named by a `Files` that the launcher gives.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from stratabox.daemon.hypervisor.events import AGENT_PORT
+from stratabox.daemon.hypervisor.machine import ChainLayer, DomainDisk, DomainSpec
+from stratabox.storage.model.errors import InvalidArgumentError
+
+MAX_DISKS = 16
+SERIAL_BYTES = 65536
+"""The serial console's ring buffer: older output is forgotten."""
+
+_FIRST_DISK_SLOT = 8
+_SERIAL_MAX = 20
+
+
+class Files(Protocol):
+    """How the QEMU that is started gets at files and sockets."""
+
+    def firmware_dir(self) -> str:
+        """A folder that QEMU can look into, for -L."""
+
+    def bios(self) -> str:
+        """File name of the BIOS, for a block node."""
+
+    def kernel(self) -> str:
+        """File name of the kernel, for -kernel (opened by plain fopen)."""
+
+    def initrd(self) -> str:
+        """File name of the initrd."""
+
+    def layer(self, layer: ChainLayer, *, active: bool) -> str:
+        """File name of a layer, for a block node; active ones can be reopened both ways."""
+
+    def listener(self, name: str) -> str:
+        """Where a server chardev listens, as "fd=7" or "path=/…", without commas inside."""
+
+    def extra(self) -> Sequence[str]:
+        """Arguments that hand over descriptors. Asked after everything else."""
+
+
+def build(spec: DomainSpec, name: str, files: Files) -> list[str]:
+    """QEMU's arguments, without the program itself.
+
+    :param name: the domain's name, of letters, digits and dashes.
+    :raise InvalidArgumentError: for more than `MAX_DISKS` disks or a serial above 20 bytes.
+    """
+    machine = spec.machine
+    arguments = [
+        *("-name", f"guest={name}"),
+        *("-uuid", str(spec.sandbox)),
+        "-S",
+        "-nodefaults",
+        "-no-user-config",
+        *("-display", "none"),
+        *("-msg", "timestamp=on"),
+        *("-machine", machine_option(machine.machine_type)),
+        *("-accel", machine.accelerator),
+        *("-cpu", machine.cpu_model),
+        *("-smp", f"cpus={spec.cpus},sockets=1,cores={spec.cpus},threads=1"),
+        *("-m", f"size={spec.memory}M"),
+        *("-object", _json({"qom-type": "memory-backend-ram", "id": "ram", "size": _ram(spec)})),
+        *("-rtc", "base=utc"),
+        # A panicked guest stays for a look at its console. Everything else is QEMU's default.
+        *("-action", "panic=pause"),
+        *("-L", files.firmware_dir()),
+        *("-blockdev", _json(bios_node(files.bios()))),
+        *_boot(spec, files),
+    ]
+    for disk in spec.disks:
+        arguments += disk_arguments(disk, files)
+    arguments += _devices(spec)
+    arguments += control_arguments(files)
+    arguments += [
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+    ]
+    return [*arguments, *files.extra()]
+
+
+def machine_option(machine_type: str) -> str:
+    """The -machine option: what q35 brings along and our guests do not need is left out."""
+    return ",".join(
+        [
+            machine_type,
+            "memory-backend=ram",
+            "pflash0=fw",  # as flash the BIOS is the same after a restore of memory; as ROM not
+            "suppress-vmdesc=on",
+            "dump-guest-core=off",
+            "mem-merge=off",  # pages merged across sandboxes can be told by timing
+            "graphics=off",
+            "usb=off",
+            "sata=off",
+            "vmport=off",
+            "smm=off",
+        ]
+    )
+
+
+def bios_node(filename: str) -> dict[str, object]:
+    """The BIOS as a read-only node for the flash."""
+    return {"driver": "file", "node-name": "fw", "filename": filename, "read-only": True}
+
+
+def layer_node(
+    layer: ChainLayer, filename: str, *, read_only: bool, backing: str | None
+) -> dict[str, object]:
+    """A layer's node for -blockdev or blockdev-add.
+
+    The file is defined inside and says nothing about read-only itself: so it follows its parent,
+    also when QEMU reopens the parent read-only after a switch of overlays.
+    """
+    return {
+        "driver": "qcow2",
+        "node-name": layer.node,
+        "read-only": read_only,
+        "discard": "ignore",  # QEMU 7.2 can corrupt a qcow2 when discards meet copy-on-write
+        "detect-zeroes": "off",
+        "cache": {"direct": False, "no-flush": False},
+        "file": {
+            "driver": "file",
+            "node-name": layer.file_node,
+            "filename": filename,
+            "aio": "threads",
+            "locking": "on",
+            "discard": "ignore",
+            "cache": {"direct": False, "no-flush": False},
+        },
+        "backing": backing,
+    }
+
+
+def disk_arguments(disk: DomainDisk, files: Files) -> list[str]:
+    """A disk's whole chain from the image up, spelled out, and its device."""
+    if not 0 <= disk.index < MAX_DISKS:
+        raise InvalidArgumentError(f"A sandbox has at most {MAX_DISKS} disks.")
+    if len(disk.serial.encode()) > _SERIAL_MAX:
+        raise InvalidArgumentError(f"A disk's serial is at most {_SERIAL_MAX} bytes long.")
+    arguments: list[str] = []
+    backing: str | None = None
+    active = disk.chain[0]
+    for layer in reversed(disk.chain):
+        filename = files.layer(layer, active=layer is active)
+        node = layer_node(layer, filename, read_only=layer is not active, backing=backing)
+        arguments += ["-blockdev", _json(node)]
+        backing = layer.node
+    device = {
+        "driver": "virtio-blk-pci",
+        "id": disk.device,
+        "drive": active.node,
+        "bus": "pcie.0",
+        "addr": f"{_FIRST_DISK_SLOT + disk.index:#x}",
+        "disable-legacy": "on",
+        "serial": disk.serial,
+        "write-cache": "on",
+        "werror": "enospc",  # a full host stops the guest, and it goes on when there is room
+        "rerror": "report",
+    }
+    if disk.index == 0:
+        device["bootindex"] = 1  # 0 is the kernel's, where QEMU loads one
+    return [*arguments, "-device", _json(device)]
+
+
+def control_arguments(files: Files) -> list[str]:
+    """Two monitors, the agent's channel and the console."""
+    port = {
+        "driver": "virtserialport",
+        "id": AGENT_PORT,
+        "bus": "serial0.0",
+        "nr": 1,
+        "chardev": "agent",
+        "name": "org.qemu.guest_agent.0",
+    }
+    return [
+        *("-chardev", f"socket,id=qmp,{files.listener('qmp.sock')},server=on,wait=off"),
+        *("-mon", "chardev=qmp,mode=control"),
+        *("-chardev", f"socket,id=rescue,{files.listener('rescue.sock')},server=on,wait=off"),
+        *("-mon", "chardev=rescue,mode=control"),
+        *("-device", _pci("virtio-serial-pci", "serial0", 3, max_ports=16)),
+        *("-chardev", f"socket,id=agent,{files.listener('agent.sock')},server=on,wait=off"),
+        *("-device", _json(port)),
+        *("-chardev", f"ringbuf,id=console,size={SERIAL_BYTES}"),
+        *("-serial", "chardev:console"),
+    ]
+
+
+def _boot(spec: DomainSpec, files: Files) -> list[str]:
+    arguments = ["-boot", "menu=off,strict=on"]
+    boot = spec.machine.kernel_boot
+    if boot is None:
+        return arguments
+    return [
+        *arguments,
+        *("-kernel", files.kernel()),
+        *("-initrd", files.initrd()),
+        *("-append", boot.command_line),
+    ]
+
+
+def _devices(spec: DomainSpec) -> list[str]:
+    return [
+        *("-object", _json({"qom-type": "rng-builtin", "id": "rng"})),
+        *("-device", _pci("virtio-rng-pci", "rng0", 2, rng="rng")),
+        *("-netdev", "user,id=net,restrict=on"),
+        # Without romfile the PXE ROM would be guest ABI, and one more file from /usr/share.
+        *("-device", _pci("virtio-net-pci", "net0", 4, netdev="net", mac=spec.machine.mac, romfile="")),
+        *("-device", _json({"driver": "pvpanic-pci", "id": "panic", "bus": "pcie.0", "addr": "0x5"})),
+        *("-device", _json({"driver": "vmgenid", "id": "genid", "guid": spec.vmgenid})),
+    ]
+
+
+def _pci(driver: str, name: str, slot: int, **properties: object) -> str:
+    """A modern virtio device on the root bus."""
+    return _json(
+        {
+            "driver": driver,
+            "id": name,
+            "bus": "pcie.0",
+            "addr": f"{slot:#x}",
+            "disable-legacy": "on",
+            **properties,
+        }
+    )
+
+
+def _ram(spec: DomainSpec) -> int:
+    return spec.memory << 20
+
+
+def _json(value: dict[str, object]) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def as_text(path: Path) -> str:
+    """A path as QEMU takes it where an option's value may not hold a comma unescaped."""
+    return str(path).replace(",", ",,")

@@ -1,0 +1,141 @@
+"""Opens what a domain is started with, and names it to QEMU by descriptor.
+
+QEMU runs as a user that may not enter the state folder, so nothing is handed over by its path:
+
+- disks and the BIOS through ``-add-fd`` and ``/dev/fdset/N``. QEMU duplicates such a descriptor and
+  never opens the file, so the file's mode does not matter. The active overlay gives two, one to
+  write and one to read: when a newer overlay goes on top QEMU reopens it read-only, and picks the
+  one that fits;
+- kernel, initrd and the firmware folder through ``/proc/self/fd/N``, because QEMU takes them with
+  plain fopen. The kernel then checks the modes of *these* inodes (not of the folders above), so
+  the files must be 0444 and the folder 0555 or more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from stratabox.daemon.hypervisor import sockets
+from stratabox.daemon.hypervisor.machine import ChainLayer, DomainSpec
+from stratabox.daemon.hypervisor.qemu_host import BIOS
+from stratabox.storage.model.errors import CorruptError, FailedError, InternalError
+
+WRITE = "rw"
+READ = "ro"
+
+
+def opaque(mode: str, layer: ChainLayer) -> str:
+    """How a descriptor of a layer is labelled in QEMU's sets, so that it is found again."""
+    return f"{mode}:{layer.node}"
+
+
+class InheritedFiles:
+    """Descriptors for one start; a context manager that closes them when QEMU has its own.
+
+    Implements `command_line.Files`.
+
+    :raise CorruptError: LAYER_MISSING, on a file that is not there.
+    :raise FailedError: QEMU_FAILED, on one that cannot be opened.
+    """
+
+    def __init__(self, spec: DomainSpec) -> None:
+        self._spec = spec
+        self._stack = ExitStack()
+        self._sets: list[str] = []
+        self._next_set = 0
+        self.descriptors: list[int] = []
+        """To be inherited, under the same numbers."""
+
+    def __enter__(self) -> InheritedFiles:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def firmware_dir(self) -> str:
+        """-L: a folder by its descriptor."""
+        folder = self._spec.firmware_dir
+        return self._by_proc(folder, os.O_RDONLY | os.O_DIRECTORY, needed=0o005)
+
+    def bios(self) -> str:
+        """The flash's file."""
+        number = self._new_set()
+        self._add(number, self._open(self._spec.firmware_dir / BIOS, os.O_RDONLY), "bios")
+        return f"/dev/fdset/{number}"
+
+    def kernel(self) -> str:
+        """-kernel."""
+        return self._by_proc(_given(self._spec.kernel), os.O_RDONLY, needed=0o004)
+
+    def initrd(self) -> str:
+        """-initrd."""
+        return self._by_proc(_given(self._spec.initrd), os.O_RDONLY, needed=0o004)
+
+    def layer(self, layer: ChainLayer, *, active: bool) -> str:
+        """A set with a reading descriptor, and a writing one too for the active layer."""
+        number = self._new_set()
+        if active:
+            self._add(number, self._open(layer.path, os.O_RDWR), opaque(WRITE, layer))
+        self._add(number, self._open(layer.path, os.O_RDONLY), opaque(READ, layer))
+        return f"/dev/fdset/{number}"
+
+    def listener(self, name: str) -> str:
+        """A socket that listens already."""
+        try:
+            listening = sockets.listen(self._spec.folder, name)
+        except OSError as error:
+            raise FailedError(
+                f"{self._spec.folder / name} cannot be made: {error.strerror}.",
+                reason="QEMU_FAILED",
+            ) from error
+        self._stack.enter_context(listening)
+        self.descriptors.append(listening.fileno())
+        return f"fd={listening.fileno()}"
+
+    def extra(self) -> Sequence[str]:
+        """The -add-fd arguments."""
+        return self._sets
+
+    def _new_set(self) -> int:
+        self._next_set += 1
+        return self._next_set
+
+    def _add(self, number: int, descriptor: int, label: str) -> None:
+        # Labels are made of our own ids: letters, digits and one colon.
+        self._sets += ["-add-fd", f"fd={descriptor},set={number},opaque={label}"]
+
+    def _by_proc(self, path: Path, flags: int, *, needed: int) -> str:
+        descriptor = self._open(path, flags)
+        if self._spec.uid is not None and os.fstat(descriptor).st_mode & needed != needed:
+            raise InternalError(f"{path} is not readable by QEMU's user: its mode is too narrow")
+        return f"/proc/self/fd/{descriptor}"
+
+    def _open(self, path: Path, flags: int) -> int:
+        try:
+            descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError as error:
+            raise CorruptError(
+                f"{path} is missing from the store.", reason="LAYER_MISSING", path=path
+            ) from error
+        except OSError as error:
+            raise FailedError(
+                f"{path} cannot be opened: {error.strerror}.", reason="QEMU_FAILED"
+            ) from error
+        self._stack.callback(os.close, descriptor)
+        self.descriptors.append(descriptor)
+        return descriptor
+
+
+def _given(path: Path | None) -> Path:
+    if path is None:
+        raise InternalError("a guest that boots by kernel was specified without one")
+    return path

@@ -1,0 +1,383 @@
+"""Taking a snapshot: from overlays made beforehand to a durable record.
+
+```
+ overlays made ─ added to QEMU ─ [ freeze ] ─ one transaction ─ [ thaw ] ─ seal ─ catalog
+      │                             │               │             │          │       │
+      └ a failure here is undone ───┘               └ from here on the chain has grown:
+        and the sandbox is as before                  it is only the record that can fail
+```
+
+The operation's row says how far it has come, so that a daemon that was killed can finish or undo
+it: `disks` before any file is made, `freezing` before the freeze, `frozen` once it has counted.
+Whether the transaction happened is never written down but asked of QEMU's block graph, which knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+from stratabox.daemon.hypervisor.agent import GuestAgent
+from stratabox.daemon.hypervisor.domain import Domain
+from stratabox.daemon.hypervisor.machine import ChainLayer
+from stratabox.daemon.lifecycle import policy
+from stratabox.daemon.lifecycle.events import Happening
+from stratabox.daemon.lifecycle.guest import Guest
+from stratabox.daemon.lifecycle.threads import in_thread, settle
+from stratabox.daemon.lifecycle.world import World
+from stratabox.storage.catalog import layers, operations, sandboxes, snapshots
+from stratabox.storage.catalog.database import Transaction
+from stratabox.storage.catalog.operations import Operation
+from stratabox.storage.failpoints import hit
+from stratabox.storage.files.store import NewOverlay
+from stratabox.storage.model.errors import FailedError, StrataboxError
+from stratabox.storage.model.ids import LayerId, mint
+from stratabox.storage.model.records import Layer, Sandbox, Snapshot, SnapshotDisk
+from stratabox.storage.model.states import LayerState, Level, SnapshotState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+    """One disk's step: from the layer that is sealed to the overlay that comes on top of it."""
+
+    index: int
+    old: LayerId
+    new: LayerId
+    size: int
+    serial: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What was achieved."""
+
+    consistency: Level
+    frozen: int
+    stall: timedelta | None
+
+
+class UnsettledError(FailedError):
+    """The disks were switched but the catalog could not be told; it will be, before anything else.
+
+    SNAPSHOT_UNSETTLED.
+    """
+
+    default_reason = "SNAPSHOT_UNSETTLED"
+
+
+def switches_of(payload: Any) -> list[Switch]:
+    """The disks' steps, as the operation's payload keeps them."""
+    return [Switch(**entry) for entry in payload.get("disks", ())]
+
+
+async def capture(world: World, guest: Guest, snapshot: Snapshot, operation: Operation) -> Snapshot:
+    """Take the snapshot whose CREATING record and operation exist; the caller holds the lock.
+
+    The level is chosen now, by the sandbox's present state.
+
+    :return: the READY record.
+    :raise StrataboxError: why it failed; the record is FAILED and the operation over by then.
+    """
+    try:
+        await guest.settle()
+        sandbox = await guest.record()
+        level = policy.choose_level(
+            snapshot.requested_level,
+            world.config.default_level,
+            sandbox,
+            agent_answers=await guest.agent_answers(),
+        )
+        return await _take(world, guest, sandbox, snapshot, operation, level)
+    except UnsettledError:
+        raise  # the record is written when the debt is paid
+    except OSError as error:
+        await fail(world, snapshot, operation, f"the host's disk: {error.strerror or error}")
+        raise FailedError(
+            f"the host's disk failed: {error.strerror or error}", reason="HOST_DISK_FAILED"
+        ) from error
+    except StrataboxError as error:
+        await fail(world, snapshot, operation, error.message)
+        raise
+
+
+async def fail(world: World, snapshot: Snapshot, operation: Operation, reason: str) -> None:
+    """Write FAILED and end the operation, unless that is written already."""
+
+    def write(tx: Transaction) -> Snapshot | None:
+        operations.end(tx, operation.id)
+        if snapshots.get(tx, snapshot.id).state is not SnapshotState.CREATING:
+            return None
+        return snapshots.change(tx, snapshot.id, state=SnapshotState.FAILED, failure_reason=reason)
+
+    record = await world.write(write)
+    if record is not None:
+        log.warning("snapshot %s failed: %s", snapshot.id, reason)
+        world.bus.publish(Happening.UPDATED, record)
+
+
+async def _take(
+    world: World,
+    guest: Guest,
+    sandbox: Sandbox,
+    snapshot: Snapshot,
+    operation: Operation,
+    level: Level,
+) -> Snapshot:
+    steps = [
+        Switch(
+            index=disk.index,
+            old=disk.layer,
+            new=LayerId(mint()),
+            size=disk.size,
+            serial=disk.serial,
+        )
+        for disk in sandbox.disks
+    ]
+    payload: dict[str, Any] = {
+        "disks": [vars(step) for step in steps],
+        "level": level,
+        "running": guest.domain is not None,
+    }
+    await world.write(lambda tx: operations.amend(tx, operation.id, payload))
+    overlays = [NewOverlay(step.new, step.old, step.size) for step in steps]
+    await in_thread(world.store.make_overlays, overlays)
+    hit("snapshot.overlays-made")
+    domain = guest.domain
+    outcome: Outcome | StrataboxError
+    if domain is None:
+        outcome = Outcome(consistency=level, frozen=0, stall=None)
+    else:
+        outcome = await _switch_running(world, domain, operation, payload, steps, level)
+    record = await finish(world, guest, snapshot, operation, steps, outcome)
+    if record.state is SnapshotState.FAILED:
+        raise FailedError(record.failure_reason, reason="FREEZE_FAILED")
+    return record
+
+
+async def _switch_running(
+    world: World,
+    domain: Domain,
+    operation: Operation,
+    payload: dict[str, Any],
+    steps: Sequence[Switch],
+    level: Level,
+) -> Outcome | StrataboxError:
+    """Switch a running domain's disks. An error that is *returned* came after the switch."""
+    layout = world.store.layout
+    pairs = [
+        (
+            ChainLayer(id=step.old, path=layout.layer(step.old)),
+            ChainLayer(id=step.new, path=layout.layer(step.new)),
+        )
+        for step in steps
+    ]
+    switched = False
+    try:
+        await domain.prepare_overlays(pairs)
+        if level is Level.CRASH:
+            begun = time.monotonic()
+            await domain.switch(pairs)
+            switched = True
+            hit("snapshot.switched")
+            stall = timedelta(seconds=time.monotonic() - begun)
+            return Outcome(consistency=level, frozen=0, stall=stall)
+        freeze = Freeze(world, domain.agent, operation, payload)
+        await freeze.begin()
+        try:
+            hit("snapshot.frozen")
+            await freeze.write_count()
+            hit("snapshot.freeze-counted")
+            await domain.switch(pairs)
+            switched = True
+            hit("snapshot.switched")
+        finally:
+            thawed = await settle(freeze.end())
+        hit("snapshot.thawed")
+        verdict = freeze.verdict(thawed)
+        if verdict:
+            return FailedError(verdict, reason="FREEZE_FAILED")
+        return Outcome(consistency=level, frozen=freeze.frozen, stall=freeze.stall)
+    except BaseException:
+        if not switched:
+            await settle(_undo(world, domain, pairs))
+        raise
+
+
+async def _undo(
+    world: World, domain: Domain, pairs: Sequence[tuple[ChainLayer, ChainLayer]]
+) -> None:
+    try:
+        await domain.drop_overlays(pairs)
+    except StrataboxError as error:
+        # QEMU is gone or deaf; with it go its nodes. The files are still ours to remove.
+        log.warning("overlays of a failed snapshot stay in QEMU: %s", error)
+    await in_thread(world.store.remove_overlays, [new.id for _, new in pairs])
+
+
+async def finish(
+    world: World,
+    guest: Guest,
+    snapshot: Snapshot,
+    operation: Operation,
+    steps: Sequence[Switch],
+    outcome: Outcome | StrataboxError,
+) -> Snapshot:
+    """Seal what was switched away from and write it all down in one transaction.
+
+    The chain has grown whatever the outcome; a failed one leaves no snapshot on it.
+
+    :raise UnsettledError: when the catalog cannot be written now; the guest owes it.
+    """
+    old_layers = [step.old for step in steps]
+    layer_bytes = 0
+    try:
+        layer_bytes = await in_thread(world.store.seal, old_layers)
+        hit("snapshot.sealed")
+    except OSError as error:
+        outcome = FailedError(
+            f"the sealed layers could not be made durable: {error.strerror or error}",
+            reason="HOST_DISK_FAILED",
+        )
+
+    def write(tx: Transaction) -> Snapshot:
+        live = sandboxes.get(tx, guest.id)
+        parent = _parent(tx, steps[0].old) if steps else None
+        for step in steps:
+            layers.insert(
+                tx,
+                Layer(
+                    id=step.new,
+                    parent=step.old,
+                    state=LayerState.ACTIVE,
+                    size=step.size,
+                    created_at=tx.now,
+                ),
+            )
+        layers.seal(tx, old_layers)
+        new_layer = {step.index: step.new for step in steps}
+        sandboxes.change(
+            tx,
+            guest.id,
+            disks=tuple(replace(disk, layer=new_layer[disk.index]) for disk in live.disks),
+        )
+        operations.end(tx, operation.id)
+        if isinstance(outcome, StrataboxError):
+            return snapshots.change(
+                tx,
+                snapshot.id,
+                state=SnapshotState.FAILED,
+                failure_reason=outcome.message,
+            )
+        return snapshots.change(
+            tx,
+            snapshot.id,
+            state=SnapshotState.READY,
+            consistency=outcome.consistency,
+            frozen=outcome.frozen,
+            stall=outcome.stall,
+            disks=tuple(
+                SnapshotDisk(index=step.index, layer=step.old, size=step.size, serial=step.serial)
+                for step in steps
+            ),
+            layer_bytes=layer_bytes,
+            ready_at=tx.now,
+            parent=parent,
+        )
+
+    async def settle_it() -> Snapshot:
+        record = await world.write(write)
+        hit("snapshot.ready-written")
+        world.bus.publish(Happening.UPDATED, record)
+        return record
+
+    try:
+        return await settle_it()
+    except StrataboxError as error:
+        guest.owe(settle_it)
+        raise UnsettledError(
+            f"the snapshot was taken but could not be written down: {error.message}; it will be"
+            " before anything else happens to the sandbox",
+            snapshot_id=snapshot.id,
+        ) from error
+
+
+def _parent(tx: Transaction, layer: LayerId) -> Any:
+    """The nearest snapshot below a layer that is about to be sealed."""
+    for below in layers.chain(tx, layer)[1:]:
+        found = snapshots.holding(tx, below.id)
+        if found:
+            return found
+    return None
+
+
+class Freeze:
+    """File systems held still: begun, counted, and ended whatever happens in between."""
+
+    def __init__(
+        self, world: World, agent: GuestAgent, operation: Operation, payload: dict[str, Any]
+    ) -> None:
+        self.frozen = 0
+        self.stall: timedelta | None = None
+        self._world = world
+        self._agent = agent
+        self._operation = operation
+        self._payload = payload
+        self._begun = 0.0
+
+    async def begin(self) -> None:
+        """Freeze all file systems; thawed again when this raises.
+
+        :raise FailedError: FREEZE_FAILED.
+        :raise UnavailableError: AGENT_UNAVAILABLE.
+        """
+        await self._note(freezing=True)
+        hit("snapshot.freeze-intended")
+        seconds = self._world.config.freeze_timeout
+        self._begun = time.monotonic()
+        try:
+            async with asyncio.timeout(seconds + 5):
+                status = await self._agent.fsfreeze_status()
+                if status != "thawed":
+                    raise FailedError(
+                        f"the guest's file systems were {status} already, by somebody else;"
+                        " they have been thawed",
+                        reason="FREEZE_FAILED",
+                    )
+                self.frozen = await self._agent.fsfreeze_freeze(seconds)
+        except BaseException:
+            await settle(self.end())
+            raise
+        if self.frozen == 0:
+            await settle(self.end())
+            raise FailedError("the guest's agent froze no file system", reason="FREEZE_FAILED")
+
+    async def write_count(self) -> None:
+        """Persist how many were frozen, so that a killed daemon can still judge the thaw."""
+        await self._note(frozen=self.frozen)
+
+    async def end(self) -> int:
+        """Thaw; returns how many file systems were."""
+        thawed = await self._agent.ensure_thawed()
+        self.stall = timedelta(seconds=time.monotonic() - self._begun)
+        return thawed
+
+    def verdict(self, thawed: int) -> str | None:
+        """What is wrong with the counts; None when they prove that nothing thawed in between."""
+        if thawed == self.frozen:
+            return None
+        return (
+            f"{self.frozen} file systems were frozen but {thawed} were thawed: something in the"
+            " guest ended the freeze early"
+        )
+
+    async def _note(self, **entries: Any) -> None:
+        self._payload.update(entries)
+        payload = dict(self._payload)
+        await self._world.write(lambda tx: operations.amend(tx, self._operation.id, payload))

@@ -1,0 +1,423 @@
+"""One sandbox's running side: its domain, its agent, and the sole writer of its state.
+
+Use cases take `lock` for as long as they change what runs or what it stands on; waiting for a
+guest to become ready, and commands in it, go on without it. What happens by itself (the guest
+powers off, QEMU dies, a disk fills) arrives as an event and takes the same lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+
+from stratabox.daemon.hypervisor import exec as guest_exec
+from stratabox.daemon.hypervisor.agent import GuestAgent
+from stratabox.daemon.hypervisor.domain import Domain
+from stratabox.daemon.hypervisor.machine import DomainHandle
+from stratabox.daemon.lifecycle import policy
+from stratabox.daemon.lifecycle.events import Happening
+from stratabox.daemon.lifecycle.threads import in_thread, settle
+from stratabox.daemon.lifecycle.world import World
+from stratabox.storage.catalog import sandboxes
+from stratabox.storage.catalog.database import Transaction
+from stratabox.storage.failpoints import hit
+from stratabox.storage.model.errors import (
+    ConflictError,
+    DeniedError,
+    FailedError,
+    StrataboxError,
+    UnavailableError,
+)
+from stratabox.storage.model.ids import SandboxId
+from stratabox.storage.model.records import Sandbox
+from stratabox.storage.model.states import SandboxState
+
+log = logging.getLogger(__name__)
+
+PAUSED_BY_USER = "paused by request"
+
+
+def nothing_more(tx: Transaction) -> None:
+    """For :meth:`Guest.boot`: no change beside the sandbox's own."""
+
+
+class Guest:
+    """The running side of one sandbox."""
+
+    def __init__(self, world: World, sandbox: SandboxId) -> None:
+        self.id = sandbox
+        self.lock = asyncio.Lock()
+        self.hurry = asyncio.Event()
+        """Set by whoever wants the guest gone now: an orderly shutdown stops waiting."""
+        self._world = world
+        self._domain: Domain | None = None
+        self._agent: GuestAgent | None = None
+        self._ready = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._debt: Callable[[], Awaitable[object]] | None = None
+
+    # Looking
+
+    @property
+    def domain(self) -> Domain | None:
+        """The running domain, if there is one."""
+        return self._domain
+
+    @property
+    def is_ready(self) -> bool:
+        """The agent has answered since this start."""
+        return self._ready.is_set()
+
+    async def record(self) -> Sandbox:
+        """The sandbox's record. :raise NotFoundError: SANDBOX_NOT_FOUND."""
+        return await self._world.read(lambda tx: sandboxes.get(tx, self.id))
+
+    def require_domain(self) -> Domain:
+        """The running domain. :raise DeniedError: INVALID_STATE, when there is none."""
+        if self._domain is None:
+            raise DeniedError(f"sandbox {self.id} is not running", sandbox=self.id)
+        return self._domain
+
+    def require_agent(self) -> GuestAgent:
+        """The agent's channel. :raise DeniedError: INVALID_STATE, when nothing runs."""
+        if self._agent is None:
+            raise DeniedError(f"sandbox {self.id} is not running", sandbox=self.id)
+        return self._agent
+
+    async def agent_answers(self, seconds: float = 2) -> bool:
+        """Ask the agent for a sign of life."""
+        if self._agent is None or not self.is_ready:
+            return False
+        try:
+            await self._agent.ping(seconds)
+        except UnavailableError:
+            return False
+        return True
+
+    # Coming and going. The caller holds the lock.
+
+    def owe(self, debt: Callable[[], Awaitable[object]]) -> None:
+        """Remember a change of the disks that the catalog could not be told of."""
+        self._debt = debt
+
+    async def settle(self) -> None:
+        """Tell the catalog what it missed; before anything that trusts the record's disks.
+
+        :raise StrataboxError: when that still cannot be done; nothing else may be, then.
+        """
+        if self._debt is not None:
+            await self._debt()
+            self._debt = None
+
+    async def boot(
+        self, sandbox: Sandbox, also: Callable[[Transaction], None] = nothing_more
+    ) -> Sandbox:
+        """Start the domain and write RUNNING; `also` joins that transaction.
+
+        If this raises or is cancelled, nothing runs.
+
+        :raise FailedError: QEMU_FAILED.
+        :raise CorruptError: when a file that the guest stands on is gone.
+        """
+        world = self._world
+        await self.settle()
+        spec = await world.domain_spec(sandbox)
+        handle = await world.launcher.start(spec)
+        try:
+            hit("boot.started")
+            domain = await Domain.attach(handle, self._on_event)
+            await domain.cont()
+            machine = replace(sandbox.machine, qemu_version=world.qemu.version_text)
+
+            def running(tx: Transaction) -> Sandbox:
+                also(tx)
+                return sandboxes.change(
+                    tx, self.id, state=SandboxState.RUNNING, state_reason="", ready=False,
+                    ready_at=None, started_at=tx.now, clean_shutdown=False, machine=machine,
+                )  # fmt: skip
+
+            record = await world.write(running)
+        except BaseException:
+            await settle(world.launcher.stop(handle))
+            raise
+        hit("boot.running-written")
+        world.bus.publish(Happening.UPDATED, record)
+        self._take(domain)
+        log.info("sandbox %s runs, pid %d", self.id, handle.pid)
+        return record
+
+    async def adopt(self, handle: DomainHandle) -> Domain:
+        """Take over a domain that an earlier daemon started.
+
+        :raise UnavailableError: MONITOR_UNAVAILABLE, when it does not answer.
+        """
+        domain = await Domain.attach(handle, self._on_event)
+        self._take(domain)
+        return domain
+
+    async def end(self) -> None:
+        """End the domain at once, if there is one. The record is the caller's to write."""
+        domain = self._release()
+        if domain is not None:
+            await settle(self._kill(domain))
+
+    async def forget_folder(self) -> None:
+        """Remove the sandbox's folder (sockets, QEMU's messages)."""
+        folder = self._world.store.layout.sandbox(self.id)
+        await in_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    def let_go(self) -> None:
+        """Stop watching; the guest runs on. For the daemon's own end."""
+        domain = self._release()
+        if domain is not None:
+            self._world.tasks.spawn(domain.detach(), f"detach {self.id}")
+
+    # Use cases on what runs. They take the lock.
+
+    async def start(self) -> Sandbox:
+        """Boot a stopped or failed sandbox from its disks.
+
+        :raise DeniedError: INVALID_STATE.
+        :raise FailedError: QEMU_FAILED; the record stays as it was.
+        """
+        async with self.lock:
+            sandbox = await self.record()
+            policy.require_state(sandbox, SandboxState.STOPPED, SandboxState.FAILED, action="start")
+            accelerator = self._world.accelerator.name
+            machine = replace(sandbox.machine, accelerator=accelerator)
+            return await self.boot(replace(sandbox, machine=machine))
+
+    async def stop(self, *, force: bool, timeout: float) -> Sandbox:
+        """Shut the guest down through its agent, and by force when that takes too long.
+
+        :param timeout: seconds that the guest may take.
+        :raise DeniedError: INVALID_STATE.
+        """
+        if force:
+            self.hurry.set()
+        async with self.lock:
+            self.hurry.clear()
+            sandbox = await self.record()
+            if sandbox.state is SandboxState.STOPPED:
+                return sandbox
+            policy.require_state(sandbox, SandboxState.RUNNING, SandboxState.PAUSED, action="stop")
+            clean = False
+            if not force and sandbox.state is SandboxState.RUNNING:
+                clean = await self._shut_down(timeout)
+            await self.end()
+            hit("stop.stopped")
+            if clean:
+                reason = "shut down by request"
+            elif force:
+                reason = "power cut by request"
+            else:
+                reason = "power cut: the guest did not shut down in time"
+            return await self._world.change_sandbox(
+                self.id,
+                state=SandboxState.STOPPED,
+                state_reason=reason,
+                ready=False,
+                clean_shutdown=clean,
+            )
+
+    async def pause(self) -> Sandbox:
+        """Stop the vCPUs. :raise DeniedError: INVALID_STATE."""
+        async with self.lock:
+            sandbox = await self.record()
+            if sandbox.state is SandboxState.PAUSED:
+                return sandbox
+            policy.require_state(sandbox, SandboxState.RUNNING, action="pause")
+            await self.require_domain().pause()
+            hit("pause.stopped")
+            return await self._world.change_sandbox(
+                self.id, state=SandboxState.PAUSED, state_reason=PAUSED_BY_USER
+            )
+
+    async def resume(self) -> Sandbox:
+        """Let the vCPUs run again. :raise DeniedError: INVALID_STATE."""
+        async with self.lock:
+            sandbox = await self.record()
+            if sandbox.state is SandboxState.RUNNING:
+                return sandbox
+            policy.require_state(sandbox, SandboxState.PAUSED, action="resume")
+            await self.require_domain().cont()
+            hit("resume.continued")
+            return await self._world.change_sandbox(
+                self.id, state=SandboxState.RUNNING, state_reason=""
+            )
+
+    async def execute(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: str,
+        timeout: float | None,
+    ) -> guest_exec.ExecResult:
+        """Run one command in the guest.
+
+        :param timeout: seconds; None: no limit.
+        :raise DeniedError: INVALID_STATE, when the sandbox does not run.
+        :raise UnavailableError: AGENT_UNAVAILABLE.
+        """
+        sandbox = await self.record()
+        policy.require_state(sandbox, SandboxState.RUNNING, action="execute a command in")
+        if not self.is_ready:
+            raise UnavailableError(
+                f"the agent of sandbox {sandbox.name!r} has not answered since its start:"
+                " wait until it is ready",
+                reason="AGENT_UNAVAILABLE",
+                sandbox=self.id,
+            )
+        return await guest_exec.execute(
+            self.require_agent(), argv, env={**sandbox.env, **env}, cwd=cwd, timeout=timeout
+        )
+
+    async def wait_ready(self, timeout: float) -> Sandbox:
+        """Wait until the agent has answered since this start.
+
+        :param timeout: seconds.
+        :raise UnavailableError: AGENT_UNAVAILABLE, when it has not, with the console's last lines.
+        :raise FailedError: GUEST_ENDED, when the guest ended first.
+        :raise ConflictError: INTERRUPTED, when somebody ended it first.
+        """
+        domain = self._domain
+        if domain is None:
+            sandbox = await self.record()
+            raise ConflictError(
+                f"sandbox {sandbox.name!r} is {sandbox.state} ({sandbox.state_reason})",
+                reason="INTERRUPTED",
+                sandbox=self.id,
+            )
+        ready = asyncio.create_task(self._ready.wait())
+        gone = asyncio.create_task(domain.wait_exited())
+        try:
+            await asyncio.wait({ready, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                raise FailedError(
+                    f"the guest ended before its agent answered: {gone.result().text}",
+                    reason="GUEST_ENDED",
+                    sandbox=self.id,
+                )
+            if not ready.done():
+                raise UnavailableError(
+                    f"the guest's agent did not answer within {timeout:g} s; its console says:"
+                    f" {await self._console() or '(nothing)'}",
+                    reason="AGENT_UNAVAILABLE",
+                    sandbox=self.id,
+                )
+        finally:
+            for task in (ready, gone):
+                task.cancel()
+        return await self.record()
+
+    # Inside
+
+    def _take(self, domain: Domain) -> None:
+        self._domain = domain
+        self._agent = domain.agent
+        self._ready.clear()
+        self._tasks = [
+            asyncio.create_task(self._watch_exit(domain), name=f"watch {self.id}"),
+            asyncio.create_task(self._watch_agent(domain), name=f"agent {self.id}"),
+        ]
+
+    def _release(self) -> Domain | None:
+        domain, self._domain, self._agent = self._domain, None, None
+        self._ready.clear()
+        current = asyncio.current_task()
+        for task in self._tasks:
+            if task is not current:
+                task.cancel()
+        self._tasks = []
+        return domain
+
+    async def _kill(self, domain: Domain) -> None:
+        await domain.detach()
+        await self._world.launcher.stop(domain.handle)
+
+    async def _console(self) -> str:
+        try:
+            return await self.require_domain().serial_tail()
+        except StrataboxError:
+            return ""
+
+    async def _shut_down(self, timeout: float) -> bool:
+        """Ask the guest to power off; tell whether it did, in order and in time."""
+        domain, agent = self.require_domain(), self.require_agent()
+        if not self.is_ready:
+            return False
+        try:
+            await agent.shutdown()
+        except StrataboxError as error:
+            log.warning("sandbox %s: no orderly shutdown: %s", self.id, error)
+            return False
+        gone = asyncio.create_task(domain.wait_exited())
+        hurry = asyncio.create_task(self.hurry.wait())
+        try:
+            await asyncio.wait({gone, hurry}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            return gone.done() and gone.result().guest_shutdown
+        finally:
+            gone.cancel()
+            hurry.cancel()
+
+    async def _watch_exit(self, domain: Domain) -> None:
+        """See the domain end by itself, and write down why."""
+        ending = await domain.wait_exited()
+        async with self.lock:
+            if self._domain is not domain:
+                return  # ended on purpose, by a use case that held the lock
+            self._release()
+            await self._kill(domain)
+            log.warning("sandbox %s ended: %s", self.id, ending.text)
+            await self._world.change_sandbox(
+                self.id,
+                state=SandboxState.STOPPED if ending.guest_shutdown else SandboxState.FAILED,
+                state_reason=ending.text,
+                ready=False,
+            )
+
+    async def _watch_agent(self, domain: Domain) -> None:
+        """See the agent answer after every start and reset, and write it down."""
+        while True:
+            with contextlib.suppress(UnavailableError):
+                await domain.agent.wait_ready(self._world.config.ready_timeout)
+                now = await self._world.read(lambda tx: tx.now)
+                await self._note(ready=True, ready_at=now, state_reason="")
+                self._ready.set()
+                await domain.wait_reset()
+                self._ready.clear()
+                await self._note(
+                    ready=False, state_reason="the guest was reset; its agent has not answered yet"
+                )
+                continue
+            if self._domain is domain:
+                await self._note(
+                    ready=False,
+                    state_reason="the guest's agent has not answered for"
+                    f" {self._world.config.ready_timeout:g} s",
+                )
+
+    async def _note(
+        self, *, ready: bool, state_reason: str, ready_at: datetime | None = None
+    ) -> None:
+        """Write readiness, unless the record has moved on; a pause's reason is kept."""
+
+        def write(tx: Transaction) -> Sandbox | None:
+            old = sandboxes.get(tx, self.id)
+            if old.state is not SandboxState.RUNNING:
+                return None
+            if (old.ready, old.state_reason) == (ready, state_reason):
+                return None
+            return sandboxes.change(
+                tx, self.id, ready=ready, ready_at=ready_at, state_reason=state_reason
+            )
+
+        record = await self._world.write(write)
+        if record is not None:
+            self._world.bus.publish(Happening.UPDATED, record)

@@ -1,0 +1,130 @@
+"""Finding records: by id, name or start of an id; and page by page."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stratabox.storage.catalog.database import Row, Transaction
+from stratabox.storage.model.errors import DeniedError, InvalidArgumentError, NotFoundError
+from stratabox.storage.model.ids import is_id, is_id_prefix
+
+DEFAULT_PAGE = 100
+LARGEST_PAGE = 1000
+
+
+def resolve(tx: Transaction, table: str, noun: str, reference: str, prefer: str = "1") -> str:
+    """Turn what a caller wrote into an id.
+
+    An id, else an exact name that only one record has, else the start of one id. Where several
+    records share the name, those that satisfy the SQL condition `prefer` come first (a live
+    sandbox before a terminated one).
+
+    :raise NotFoundError: NOUN_NOT_FOUND.
+    :raise DeniedError: AMBIGUOUS_NAME, with the ids in the metadata.
+    """
+    if is_id(reference):
+        if tx.row(f"SELECT id FROM {table} WHERE id = ?", (reference,)):
+            return reference
+    elif reference:
+        for condition in (f"({prefer})", f"NOT ({prefer})"):
+            named = tx.rows(
+                f"SELECT id FROM {table} WHERE name = ? AND {condition} LIMIT 21", (reference,)
+            )
+            if named:
+                return _only(named, noun, reference, "are named")
+        if is_id_prefix(reference):
+            begun = tx.rows(
+                f"SELECT id FROM {table} WHERE id >= ? AND id < ? LIMIT 21",
+                (reference, reference + "~"),
+            )
+            if begun:
+                return _only(begun, noun, reference, "have ids that start with")
+    raise NotFoundError(
+        f"there is no {noun} {reference!r}", reason=f"{noun.upper()}_NOT_FOUND", **{noun: reference}
+    )
+
+
+def _only(rows: Sequence[Row], noun: str, reference: str, how: str) -> str:
+    if len(rows) > 1:
+        ids = [row["id"] for row in rows]
+        raise DeniedError(
+            f"{len(ids) if len(ids) <= 20 else 'more than 20'} {noun} records {how} {reference!r}:"
+            " use an id",
+            reason="AMBIGUOUS_NAME",
+            ids=",".join(ids[:20]),
+        )
+    return str(rows[0]["id"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """Which piece of a list is wanted, newest first."""
+
+    size: int = 0
+    token: str = ""
+
+
+FIRST_PAGE = Page()
+
+
+def list_page(
+    tx: Transaction, table: str, page: Page, conditions: Sequence[str], values: Mapping[str, Any]
+) -> tuple[list[Row], str]:
+    """One page of rows that fit all `conditions`, newest first, and the next page's token.
+
+    :raise InvalidArgumentError: for a page size out of range or a token that is not ours.
+    """
+    if not 0 <= page.size <= LARGEST_PAGE:
+        raise InvalidArgumentError(f"page_size {page.size} is not within 0-{LARGEST_PAGE}")
+    size = page.size or DEFAULT_PAGE
+    where = list(conditions)
+    bound = dict(values)
+    if page.token:
+        bound["_time"], bound["_id"] = _parse_token(page.token)
+        where.append("(created_at, id) < (:_time, :_id)")
+    rows = tx.rows(
+        f"SELECT * FROM {table} WHERE {' AND '.join(where) or '1'}"
+        f" ORDER BY created_at DESC, id DESC LIMIT {size + 1}",
+        bound,
+    )
+    if len(rows) <= size:
+        return rows, ""
+    last = rows[size - 1]
+    token = base64.urlsafe_b64encode(f"{last['created_at']} {last['id']}".encode()).decode()
+    return rows[:size], token
+
+
+def _parse_token(token: str) -> tuple[str, str]:
+    try:
+        time, found, row_id = base64.urlsafe_b64decode(token.encode()).decode().partition(" ")
+    except (binascii.Error, ValueError) as error:
+        raise InvalidArgumentError("page_token is not one that this daemon gave out") from error
+    if not found or not is_id(row_id):
+        raise InvalidArgumentError("page_token is not one that this daemon gave out")
+    return time, row_id
+
+
+def entries_condition(column: str, entries: Mapping[str, str], values: dict[str, Any]) -> list[str]:
+    """Conditions that a JSON object column holds all of `entries`; their values go in `values`."""
+    conditions = []
+    for number, (key, value) in enumerate(entries.items()):
+        values[f"{column}_k{number}"], values[f"{column}_v{number}"] = key, value
+        conditions.append(
+            f"EXISTS (SELECT 1 FROM json_each({column})"
+            f" WHERE key = :{column}_k{number} AND value = :{column}_v{number})"
+        )
+    return conditions
+
+
+def any_of(column: str, options: Sequence[str], values: dict[str, Any]) -> list[str]:
+    """The condition that a column is one of `options`; none when there are none."""
+    if not options:
+        return []
+    for number, option in enumerate(options):
+        values[f"{column}_{number}"] = option
+    marks = ", ".join(f":{column}_{number}" for number in range(len(options)))
+    return [f"{column} IN ({marks})"]

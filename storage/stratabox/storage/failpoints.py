@@ -1,0 +1,103 @@
+"""Named places where a test can make the daemon die, wait or fail.
+
+Every step of every operation that changes the world calls :func:`hit` with a name from `NAMES`.
+In production this is one dictionary look-up in an empty dictionary. A test sets
+``STRATABOX_FAILPOINTS="snapshot.overlays-made=kill,restore.row-written=error"``:
+
+``kill``
+    SIGKILL to the own process: nothing is flushed, no handler runs.
+``error``
+    raise OSError(EIO), as a failing disk would.
+``nospace``
+    raise OSError(ENOSPC), as a full disk would.
+``sleep:SECONDS``
+    wait (in a thread or before the event loop goes on), to widen a race.
+
+The names are listed so that one test can go through all of them; hitting a name that is not
+listed is an error in our own code.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+
+ENVIRONMENT = "STRATABOX_FAILPOINTS"
+
+NAMES: tuple[str, ...] = ()
+"""Every failpoint; filled in below, grouped by operation."""
+
+_armed: dict[str, str] = {}
+
+
+def arm(text: str) -> None:
+    """Set the failpoints from the text of the environment variable.
+
+    :raise ValueError: for a name that does not exist or an action that is not known.
+    """
+    _armed.clear()
+    for part in filter(None, text.split(",")):
+        name, _, action = part.partition("=")
+        if name not in NAMES:
+            raise ValueError(f"{ENVIRONMENT}: there is no failpoint {name!r}")
+        if action not in ("kill", "error", "nospace") and not action.startswith("sleep:"):
+            raise ValueError(f"{ENVIRONMENT}: no such action {action!r}")
+        _armed[name] = action
+
+
+def hit(name: str) -> None:
+    """Do what is armed at `name`; nothing, as a rule.
+
+    :raise OSError: when `error` or `nospace` is armed here.
+    """
+    action = _armed.get(name)
+    if action is None:
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "error":
+        raise OSError(errno.EIO, f"failpoint {name}")
+    elif action == "nospace":
+        raise OSError(errno.ENOSPC, f"failpoint {name}")
+    else:
+        time.sleep(float(action.removeprefix("sleep:")))
+
+
+NAMES += (
+    "create.row-written",
+    "create.overlays-made",
+    "boot.started",
+    "boot.running-written",
+    "snapshot.row-written",
+    "snapshot.overlays-made",
+    "snapshot.freeze-intended",
+    "snapshot.frozen",
+    "snapshot.freeze-counted",
+    "snapshot.switched",
+    "snapshot.thawed",
+    "snapshot.sealed",
+    "snapshot.ready-written",
+    "clone.snapshot-taken",
+    "clone.copies-made",
+    "delete-snapshot.row-written",
+    "terminate.row-written",
+    "terminate.stopped",
+    "terminate.disks-released",
+    "delete-sandbox.row-removed",
+    "stop.stopped",
+    "pause.stopped",
+    "resume.continued",
+    "revert.row-written",
+    "revert.stopped",
+    "revert.overlays-made",
+    "revert.disks-switched",
+    "image.row-written",
+    "image.built",
+    "image.files-stored",
+    "image.ready-written",
+    "delete-image.row-written",
+    "sweep.tombstoned",
+    "sweep.unlinked",
+)

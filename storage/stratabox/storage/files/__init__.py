@@ -1,0 +1,1 @@
+"""Files under the state folder: where they lie, and how they come, are sealed, and go."""

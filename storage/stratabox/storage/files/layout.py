@@ -1,0 +1,88 @@
+"""Every path under the state folder, in one place.
+
+```
+STATE_DIR/                 0700
+├── lock                   held with flock by the one daemon that owns this folder
+├── catalog.db             SQLite (WAL): the truth about records
+├── api.sock               the API, where no other address is configured
+├── layers/ID.qcow2        one file for each layer; 0600 while active, 0400 once sealed
+├── blobs/SHA256           kernels, initrds, firmware; 0444
+├── firmware/SHA256/NAME   hard links to blobs, under the names that QEMU asks for
+├── sandboxes/ID/          one folder for each domain: sockets, QEMU's messages
+└── work/ID/               builds and imports under way; emptied at start
+```
+
+Paths in records are never absolute: a state folder can be moved while no guest runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stratabox.storage.model.ids import LayerId, SandboxId, Sha256
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names below one state folder."""
+
+    root: Path
+
+    @property
+    def lock(self) -> Path:
+        """The lock of the one daemon."""
+        return self.root / "lock"
+
+    @property
+    def catalog(self) -> Path:
+        """The catalog's database."""
+        return self.root / "catalog.db"
+
+    @property
+    def layers(self) -> Path:
+        """The folder of all layers."""
+        return self.root / "layers"
+
+    @property
+    def blobs(self) -> Path:
+        """The folder of all blobs."""
+        return self.root / "blobs"
+
+    @property
+    def firmware(self) -> Path:
+        """The folder of firmware sets."""
+        return self.root / "firmware"
+
+    @property
+    def sandboxes(self) -> Path:
+        """The folder of the domains' folders."""
+        return self.root / "sandboxes"
+
+    @property
+    def work(self) -> Path:
+        """The folder of things under way."""
+        return self.root / "work"
+
+    def layer(self, layer: LayerId) -> Path:
+        """One layer's file."""
+        return self.layers / self.layer_name(layer)
+
+    @staticmethod
+    def layer_name(layer: LayerId) -> str:
+        """One layer's file name, as its children's headers spell it."""
+        return f"{layer}.qcow2"
+
+    def blob(self, digest: Sha256) -> Path:
+        """One blob's file."""
+        return self.blobs / digest
+
+    def sandbox(self, sandbox: SandboxId) -> Path:
+        """The folder of one domain."""
+        return self.sandboxes / sandbox
+
+    def folders(self) -> tuple[Path, ...]:
+        """Every folder, parents first."""
+        return (
+            self.root, self.layers, self.blobs, self.firmware, self.sandboxes, self.work,
+        )  # fmt: skip
