@@ -282,23 +282,29 @@ class SnapshotPlans(Generic[S]):
                     return None
                 return _ready(event.snapshot, gone=event.type == EventType.DELETED)
 
-            # All snapshots, and not its sandbox's alone: that sandbox may be gone by now.
-            request = pb.WatchSnapshotsRequest()
+            request = pb.WatchSnapshotsRequest(snapshots=[record.id])
             result: Snapshot = yield Fold(_SERVICE, "WatchSnapshots", request, step, limit)
             return result
 
         return Script(steps())
 
     def watch(
-        self, *, sandbox: str | None = None, changes_only: bool = False
+        self,
+        *,
+        sandbox: str | None = None,
+        snapshots: Sequence[str] = (),
+        changes_only: bool = False,
     ) -> Stream[SnapshotEvent]:
         """Follow every change, for as long as the caller reads.
 
         :param sandbox: Only of this one.
+        :param snapshots: Only these; none: all, also those to come.
         :param changes_only: Leave out the present ones that come first.
         """
         with _requests.checked():
-            request = pb.WatchSnapshotsRequest(sandbox=sandbox or "", changes_only=changes_only)
+            request = pb.WatchSnapshotsRequest(
+                sandbox=sandbox or "", snapshots=snapshots, changes_only=changes_only
+            )
         return Stream(_SERVICE, "WatchSnapshots", request, _convert.snapshot_event)
 
 

@@ -6,7 +6,6 @@ import asyncio
 import fcntl
 import logging
 import os
-import resource
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -50,8 +49,7 @@ async def serve(config: Config) -> None:
     :raise DeniedError: STATE_DIR_IN_USE, when another daemon has the state folder.
     :raise StrataboxError: when something that it needs is missing or damaged.
     """
-    # Guests' memory must not end in a core file; QEMU inherits the limit.
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
     _arm_failpoints()
     ending = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -112,7 +110,7 @@ async def _world(config: Config, catalog: Catalog, store: Store) -> World:
         config=config,
         catalog=catalog,
         store=store,
-        launcher=_launcher(config, catalog, qemu),
+        launcher=_launcher(config, catalog, store.layout, qemu),
         qemu=qemu,
         accelerator=chosen,
         firmware=firmware,
@@ -120,10 +118,12 @@ async def _world(config: Config, catalog: Catalog, store: Store) -> World:
     )
 
 
-def _launcher(config: Config, catalog: Catalog, qemu: qemu_host.QemuHost) -> Launcher:
+def _launcher(
+    config: Config, catalog: Catalog, layout: Layout, qemu: qemu_host.QemuHost
+) -> Launcher:
     match config.launcher:
         case LauncherName.QEMU:
-            return QemuLauncher(qemu, catalog.store_id)
+            return QemuLauncher(qemu, catalog.store_id, layout.sandbox)
         case LauncherName.LIBVIRT:
             raise DeniedError(
                 'launcher = "libvirt" cannot run sandboxes yet; use "qemu"',

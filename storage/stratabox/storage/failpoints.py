@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import time
 
@@ -30,21 +31,25 @@ NAMES: tuple[str, ...] = ()
 """Every failpoint; filled in below, grouped by operation."""
 
 _armed: dict[str, str] = {}
+_SLEEP = re.compile(r"sleep:[0-9]+(\.[0-9]+)?")
 
 
 def arm(text: str) -> None:
     """Set the failpoints from the text of the environment variable.
 
-    :raise ValueError: for a name that does not exist or an action that is not known.
+    :raise ValueError: for a name that does not exist or an action that is not known; what was
+        armed before stays so.
     """
-    _armed.clear()
+    actions = {}
     for part in filter(None, text.split(",")):
         name, _, action = part.partition("=")
         if name not in NAMES:
             raise ValueError(f"{ENVIRONMENT}: there is no failpoint {name!r}")
-        if action not in ("kill", "error", "nospace") and not action.startswith("sleep:"):
+        if action not in ("kill", "error", "nospace") and not _SLEEP.fullmatch(action):
             raise ValueError(f"{ENVIRONMENT}: no such action {action!r}")
-        _armed[name] = action
+        actions[name] = action
+    _armed.clear()
+    _armed.update(actions)
 
 
 def hit(name: str) -> None:

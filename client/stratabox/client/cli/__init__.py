@@ -8,15 +8,9 @@ from __future__ import annotations
 
 import click
 
+from stratabox.client.cli import config, daemon, doctor, image, sandbox, snapshot, version
 from stratabox.client.cli.app import Commands
-from stratabox.client.cli.config import config
-from stratabox.client.cli.daemon import daemon
-from stratabox.client.cli.doctor import doctor
-from stratabox.client.cli.image import image
 from stratabox.client.cli.options import common
-from stratabox.client.cli.sandbox import sandbox
-from stratabox.client.cli.snapshot import snapshot
-from stratabox.client.cli.version import version
 
 __all__ = ["cli", "main"]
 
@@ -43,13 +37,13 @@ def cli() -> None:
     """Real virtual machines as local sandboxes: freeze, branch and restore them at will."""
 
 
-cli.add_command(sandbox)
-cli.add_command(snapshot)
-cli.add_command(image)
-cli.add_command(config)
-cli.add_command(doctor)
-cli.add_command(daemon)
-cli.add_command(version)
+cli.add_command(sandbox.sandbox)
+cli.add_command(snapshot.snapshot)
+cli.add_command(image.image)
+cli.add_command(config.config)
+cli.add_command(doctor.doctor)
+cli.add_command(daemon.daemon)
+cli.add_command(version.version)
 
 
 def main() -> None:

@@ -24,8 +24,9 @@ class _ExecCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Turn a leading sandbox into --session, then parse as usual."""
-        given, rest, _ = self.make_parser(ctx).parse_args(list(args))
-        if rest and "session" not in given:
+        given, _, _ = self.make_parser(ctx).parse_args(list(args))
+        rest = given.get("command")  # what click says for nothing differs between its versions
+        if isinstance(rest, (list, tuple)) and rest and not isinstance(given.get("session"), str):
             before = args[: len(args) - len(rest)]
             if before[-1:] == ["--"]:  # options had ended before the sandbox
                 args = [*before[:-1], f"--session={rest[0]}", "--", *rest[1:]]

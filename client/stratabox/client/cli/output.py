@@ -8,7 +8,6 @@ from a caller or a guest has its control characters escaped.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime, timedelta
@@ -76,9 +75,9 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, title in enumerate(header):
-        table.add_column(title, overflow="fold", no_wrap=index == 0)
-    _fill(table, rows)
+    for title in header:
+        table.add_column(title, no_wrap=True)
+    _fill(table, (map(printable, row) for row in rows))
 
 
 def print_details(record: object) -> None:
@@ -87,39 +86,35 @@ def print_details(record: object) -> None:
 
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table.add_column()
     said = {key: one for key, one in jsonable(record).items() if one not in (None, [], {}, "")}
     _fill(table, ((key, _plain(key, one)) for key, one in said.items()))
 
 
-def _fill(table: Any, rows: Iterable[Sequence[str]]) -> None:
+def _fill(table: Any, rows: Iterable[Iterable[str]]) -> None:
     from rich.console import Console
     from rich.text import Text
 
     for row in rows:
-        table.add_row(*(Text("\n".join(map(printable, cell.split("\n")))) for cell in row))
-    # In a pipe there is no width to keep to, and a folded id is of no use.
-    width = None if sys.stdout.isatty() else 10_000
-    Console(width=width, highlight=False).print(table)
+        table.add_row(*map(Text, row))  # Text: what looks like rich's markup is none
+    # As wide as it is: a terminal breaks lines by itself, and an id in pieces is of no use.
+    Console(width=10_000, highlight=False).print(table)
 
 
 def _plain(key: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if isinstance(value, dict):
-        return "\n".join(f"{name}={_one_line(value[name])}" for name in value)
+        return "\n".join(_pairs(value))
     if isinstance(value, list):
         return "\n".join(
-            " ".join(f"{name}={one[name]}" for name in one)
-            if isinstance(one, dict)
-            else _one_line(one)
-            for one in value
+            " ".join(_pairs(one)) if isinstance(one, dict) else printable(str(one)) for one in value
         )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if key.endswith("_bytes"):
         return size(value)
     units = {"memory": " MiB", "storage": " GiB"}
-    return f"{_one_line(value)}{units.get(key, '')}"
+    return f"{printable(str(value))}{units.get(key, '')}"
 
 
-def _one_line(value: object) -> str:
-    return printable(str(value))
+def _pairs(value: dict[str, Any]) -> list[str]:
+    return [f"{printable(key)}={_plain(key, one)}" for key, one in value.items()]

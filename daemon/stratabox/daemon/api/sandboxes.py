@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -228,12 +228,15 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
         self, request: sandboxes_pb2.WatchSandboxesRequest, context: Context
     ) -> AsyncIterator[sandboxes_pb2.SandboxEvent]:
         """Stream every change."""
-        wanted = {(await self.guests.find(reference))[1].id for reference in request.sandboxes}
+
+        def look(tx: Transaction) -> tuple[list[Sandbox], Callable[[Sandbox], bool]]:
+            wanted = {sandboxes.resolve(tx, reference) for reference in request.sandboxes}
+            return sandboxes.everything(tx), lambda record: not wanted or record.id in wanted
+
         async for event, record in watch(
             self.world.bus,
             Sandbox,
-            lambda: self.world.read(sandboxes.everything),
-            lambda record: not wanted or record.id in wanted,
+            lambda: self.world.read(look),
             changes_only=request.changes_only,
         ):
             yield sandboxes_pb2.SandboxEvent(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,12 +154,22 @@ class SnapshotsServicer(snapshots_pb2_grpc.SnapshotsServiceServicer):
         self, request: snapshots_pb2.WatchSnapshotsRequest, context: Context
     ) -> AsyncIterator[snapshots_pb2.SnapshotEvent]:
         """Stream every change."""
-        source = await self.world.read(lambda tx: _source(tx, request.sandbox))
+
+        def look(tx: Transaction) -> tuple[list[Snapshot], Callable[[Snapshot], bool]]:
+            source = _source(tx, request.sandbox)
+            wanted = {snapshots.resolve(tx, reference) for reference in request.snapshots}
+
+            def fits(record: Snapshot) -> bool:
+                return (not wanted or record.id in wanted) and (
+                    source is None or record.source_sandbox == source
+                )
+
+            return snapshots.everything(tx), fits
+
         async for event, record in watch(
             self.world.bus,
             Snapshot,
-            lambda: self.world.read(snapshots.everything),
-            lambda record: source is None or record.source_sandbox == source,
+            lambda: self.world.read(look),
             changes_only=request.changes_only,
         ):
             yield snapshots_pb2.SnapshotEvent(

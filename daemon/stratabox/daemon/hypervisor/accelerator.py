@@ -27,6 +27,11 @@ class Accelerator:
     """"kvm" or "tcg"."""
     reason: str
 
+    @property
+    def cpu_model(self) -> str:
+        """What a guest's CPU is by default: all that this host and accelerator can give."""
+        return "host" if self.name == "kvm" else "max"
+
 
 async def choose(wanted: str = "auto") -> Accelerator:
     """Choose the accelerator: `wanted` is "auto", "kvm" or "tcg".

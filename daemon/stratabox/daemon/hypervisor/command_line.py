@@ -220,8 +220,14 @@ def _devices(spec: DomainSpec) -> list[str]:
         *("-device", _pci("virtio-rng-pci", "rng0", 2, rng="rng")),
         *("-netdev", "user,id=net,restrict=on"),
         # Without romfile the PXE ROM would be guest ABI, and one more file from /usr/share.
-        *("-device", _pci("virtio-net-pci", "net0", 4, netdev="net", mac=spec.machine.mac, romfile="")),
-        *("-device", _json({"driver": "pvpanic-pci", "id": "panic", "bus": "pcie.0", "addr": "0x5"})),
+        *(
+            "-device",
+            _pci("virtio-net-pci", "net0", 4, netdev="net", mac=spec.machine.mac, romfile=""),
+        ),
+        *(
+            "-device",
+            _json({"driver": "pvpanic-pci", "id": "panic", "bus": "pcie.0", "addr": "0x5"}),
+        ),
         *("-device", _json({"driver": "vmgenid", "id": "genid", "guid": spec.vmgenid})),
     ]
 

@@ -111,9 +111,7 @@ def parse(message: Mapping[str, object]) -> Event | None:
     return None
 
 
-def describe_end(
-    shutdown: Shutdown | None, *, panicked: bool, ended: str, last_words: str
-) -> str:
+def describe_end(shutdown: Shutdown | None, *, panicked: bool, ended: str, last_words: str) -> str:
     """Say in a sentence why a domain ended, from all that is known.
 
     :param ended: how the process ended, as "exited with code 1".

@@ -87,7 +87,7 @@ class Launcher(Protocol):
 
     @property
     def name(self) -> str:
-        """"qemu" or "libvirt"."""
+        """ "qemu" or "libvirt"."""
 
     async def start(self, spec: DomainSpec) -> DomainHandle:
         """Start a domain with its vCPUs stopped (``-S``); whoever controls it sends ``cont``.

@@ -92,7 +92,7 @@ def new_machine(
     return Machine(
         machine_type=host.machine_type,
         accelerator=accelerator.name,
-        cpu_model="host" if accelerator.name == "kvm" else "max",
+        cpu_model=accelerator.cpu_model,
         qemu_version=host.version_text,
         firmware=dict(firmware),
         mac=mac or random_mac(),

@@ -111,7 +111,8 @@ async def bootstrap(
     """Build a root file system and run the recipe's script on it.
 
     The script gets: $1 the root file system, then a name for each of `reads`, then one for each of
-    `writes`, then the recipe's `arguments`. Written files are made empty before. Raises as `process.run`.
+    `writes`, then the recipe's `arguments`. Written files are made empty before. Raises as
+    `process.run`.
     """
     with contextlib.ExitStack() as stack:
         script = _open(stack, recipe.script, os.O_RDONLY)
@@ -121,7 +122,9 @@ async def bootstrap(
             # Another uid opens it anew by /proc/self/fd; only who has the descriptor can get there.
             os.fchmod(fd, 0o666)
             handed.append(fd)
-        words = [f"/proc/self/fd/{fd}" for fd in handed] + [shlex.quote(word) for word in recipe.arguments]
+        words = [f"/proc/self/fd/{fd}" for fd in handed] + [
+            shlex.quote(word) for word in recipe.arguments
+        ]
         names = " ".join(words)
         root = os.geteuid() == 0
         await process.run(

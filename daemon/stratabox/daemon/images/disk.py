@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from stratabox.daemon.images import process
@@ -26,12 +27,16 @@ def round_up(size: int) -> int:
 
 async def to_qcow2(raw: Path, target: Path) -> None:
     """Convert a raw disk of ours and remove it. Raises as `process.run`."""
-    size = raw.stat().st_size
-    if size != round_up(size):
-        with raw.open("r+b") as file:
-            file.truncate(round_up(size))
+    await asyncio.to_thread(_pad, raw)
     await process.run(
         qemu_img.convert_command(str(raw), str(target), source_format="raw"),
         what="Writing the disk",
     )
-    raw.unlink()
+    await asyncio.to_thread(raw.unlink)
+
+
+def _pad(raw: Path) -> None:
+    size = raw.stat().st_size
+    if size != round_up(size):
+        with raw.open("r+b") as file:
+            file.truncate(round_up(size))

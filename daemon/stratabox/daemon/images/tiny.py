@@ -1,8 +1,9 @@
 """Build a guest of a few MB, for tests and quick starts.
 
 A real root disk (ext4, on /dev/vda; /tmp is on it), Debian's kernel, busybox, the guest agent with
-freeze and thaw, resize2fs, dash, and a real dd. Process 1 is a shell script, ``guest/tiny/root/sbin/init``.
-Nothing of it is installed: the files are taken out of Debian's packages, so any host can build it.
+freeze and thaw, resize2fs, dash, and a real dd. Process 1 is a shell script,
+``guest/tiny/root/sbin/init``. Nothing of it is installed: the files are taken out of Debian's
+packages, so any host can build it.
 """
 
 from __future__ import annotations

@@ -42,6 +42,9 @@ from stratabox.storage.model.states import LayerState, Level, SnapshotState
 
 log = logging.getLogger(__name__)
 
+THAW_SECONDS = 60.0
+"""How long a guest is asked to thaw before it is given up."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Switch:
@@ -154,7 +157,7 @@ async def _take(
     if domain is None:
         outcome = Outcome(consistency=level, frozen=0, stall=None)
     else:
-        outcome = await _switch_running(world, domain, operation, payload, steps, level)
+        outcome = await _switch_running(world, guest, operation, payload, steps, level)
     record = await finish(world, guest, snapshot, operation, steps, outcome)
     if record.state is SnapshotState.FAILED:
         raise FailedError(record.failure_reason, reason="FREEZE_FAILED")
@@ -163,14 +166,14 @@ async def _take(
 
 async def _switch_running(
     world: World,
-    domain: Domain,
+    guest: Guest,
     operation: Operation,
     payload: dict[str, Any],
     steps: Sequence[Switch],
     level: Level,
 ) -> Outcome | StrataboxError:
     """Switch a running domain's disks. An error that is *returned* came after the switch."""
-    layout = world.store.layout
+    domain, layout = guest.require_domain(), world.store.layout
     pairs = [
         (
             ChainLayer(id=step.old, path=layout.layer(step.old)),
@@ -180,21 +183,21 @@ async def _switch_running(
     ]
     switched = False
     try:
-        await domain.prepare_overlays(pairs)
+        await domain.disks.prepare([new for _, new in pairs])
         if level is Level.CRASH:
             begun = time.monotonic()
-            await domain.switch(pairs)
+            await domain.disks.switch(pairs)
             switched = True
             hit("snapshot.switched")
             stall = timedelta(seconds=time.monotonic() - begun)
             return Outcome(consistency=level, frozen=0, stall=stall)
-        freeze = Freeze(world, domain.agent, operation, payload)
+        freeze = Freeze(world, guest.require_agent(), operation, payload)
         await freeze.begin()
         try:
             hit("snapshot.frozen")
             await freeze.write_count()
             hit("snapshot.freeze-counted")
-            await domain.switch(pairs)
+            await domain.disks.switch(pairs)
             switched = True
             hit("snapshot.switched")
         finally:
@@ -214,7 +217,7 @@ async def _undo(
     world: World, domain: Domain, pairs: Sequence[tuple[ChainLayer, ChainLayer]]
 ) -> None:
     try:
-        await domain.drop_overlays(pairs)
+        await domain.disks.drop([new for _, new in pairs])
     except StrataboxError as error:
         # QEMU is gone or deaf; with it go its nodes. The files are still ours to remove.
         log.warning("overlays of a failed snapshot stay in QEMU: %s", error)
@@ -317,6 +320,25 @@ def _parent(tx: Transaction, layer: LayerId) -> Any:
     return None
 
 
+async def thaw(agent: GuestAgent) -> int | None:
+    """Thaw all file systems, whatever it takes; how many were, where the agent said so.
+
+    The guest may hang without it, so this goes on, with new connections, for as long as the agent
+    may need to come back. A guest that does not answer even then is logged, and stays as it is.
+    """
+    count: int | None
+    try:
+        count = await agent.fsfreeze_thaw()
+    except StrataboxError:
+        count = None
+    try:
+        await agent.ensure_thawed(THAW_SECONDS)
+    except StrataboxError as error:
+        log.error("%s", error)
+        return None
+    return count
+
+
 class Freeze:
     """File systems held still: begun, counted, and ended whatever happens in between."""
 
@@ -362,16 +384,18 @@ class Freeze:
         """Persist how many were frozen, so that a killed daemon can still judge the thaw."""
         await self._note(frozen=self.frozen)
 
-    async def end(self) -> int:
-        """Thaw; returns how many file systems were."""
-        thawed = await self._agent.ensure_thawed()
+    async def end(self) -> int | None:
+        """Thaw, whatever it takes; returns how many file systems were, where the agent said so."""
+        thawed = await thaw(self._agent)
         self.stall = timedelta(seconds=time.monotonic() - self._begun)
         return thawed
 
-    def verdict(self, thawed: int) -> str | None:
+    def verdict(self, thawed: int | None) -> str | None:
         """What is wrong with the counts; None when they prove that nothing thawed in between."""
         if thawed == self.frozen:
             return None
+        if thawed is None:
+            return "the guest's agent did not say how many file systems it thawed"
         return (
             f"{self.frozen} file systems were frozen but {thawed} were thawed: something in the"
             " guest ended the freeze early"

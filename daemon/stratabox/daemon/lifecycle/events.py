@@ -47,6 +47,8 @@ class Subscription:
 
     def offer(self, event: Event) -> None:
         """Put one event in; a full queue ends the subscription instead of filling memory."""
+        if self._behind:
+            return  # nothing may follow what was missed
         try:
             self._queue.put_nowait(event)
         except asyncio.QueueFull:

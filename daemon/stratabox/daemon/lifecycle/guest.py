@@ -8,16 +8,16 @@ powers off, QEMU dies, a disk fills) arrives as an event and takes the same lock
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import shutil
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
+from typing import Any
 
 from stratabox.daemon.hypervisor import exec as guest_exec
 from stratabox.daemon.hypervisor.agent import GuestAgent
 from stratabox.daemon.hypervisor.domain import Domain
+from stratabox.daemon.hypervisor.events import AgentPort, BlockError, Event, Panicked, Reset
 from stratabox.daemon.hypervisor.machine import DomainHandle
 from stratabox.daemon.lifecycle import policy
 from stratabox.daemon.lifecycle.events import Happening
@@ -58,6 +58,7 @@ class Guest:
         self._domain: Domain | None = None
         self._agent: GuestAgent | None = None
         self._ready = asyncio.Event()
+        self._reset = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._debt: Callable[[], Awaitable[object]] | None = None
 
@@ -274,8 +275,13 @@ class Guest:
                 reason="AGENT_UNAVAILABLE",
                 sandbox=self.id,
             )
+        environment = {**sandbox.env, **env}
         return await guest_exec.execute(
-            self.require_agent(), argv, env={**sandbox.env, **env}, cwd=cwd, timeout=timeout
+            self.require_agent(),
+            argv,
+            env=environment,
+            cwd=cwd or environment.get("HOME", "/root"),
+            timeout=timeout,
         )
 
     async def wait_ready(self, timeout: float) -> Sandbox:
@@ -295,12 +301,18 @@ class Guest:
                 sandbox=self.id,
             )
         ready = asyncio.create_task(self._ready.wait())
-        gone = asyncio.create_task(domain.wait_exited())
         try:
-            await asyncio.wait({ready, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            if gone.done():
+            either: set[asyncio.Future[Any]] = {ready, domain.exited}
+            await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if domain.exited.cancelled():
+                raise ConflictError(
+                    "the sandbox was ended before its agent answered",
+                    reason="INTERRUPTED",
+                    sandbox=self.id,
+                )
+            if domain.exited.done():
                 raise FailedError(
-                    f"the guest ended before its agent answered: {gone.result().text}",
+                    f"the guest ended before its agent answered: {domain.exited.result().reason}",
                     reason="GUEST_ENDED",
                     sandbox=self.id,
                 )
@@ -312,15 +324,14 @@ class Guest:
                     sandbox=self.id,
                 )
         finally:
-            for task in (ready, gone):
-                task.cancel()
+            ready.cancel()
         return await self.record()
 
     # Inside
 
     def _take(self, domain: Domain) -> None:
         self._domain = domain
-        self._agent = domain.agent
+        self._agent = GuestAgent(domain.handle.folder)
         self._ready.clear()
         self._tasks = [
             asyncio.create_task(self._watch_exit(domain), name=f"watch {self.id}"),
@@ -328,7 +339,10 @@ class Guest:
         ]
 
     def _release(self) -> Domain | None:
-        domain, self._domain, self._agent = self._domain, None, None
+        domain, self._domain = self._domain, None
+        agent, self._agent = self._agent, None
+        if agent is not None:
+            self._world.tasks.spawn(agent.close(), f"close agent {self.id}")
         self._ready.clear()
         current = asyncio.current_task()
         for task in self._tasks:
@@ -357,55 +371,106 @@ class Guest:
         except StrataboxError as error:
             log.warning("sandbox %s: no orderly shutdown: %s", self.id, error)
             return False
-        gone = asyncio.create_task(domain.wait_exited())
         hurry = asyncio.create_task(self.hurry.wait())
         try:
-            await asyncio.wait({gone, hurry}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            return gone.done() and gone.result().guest_shutdown
+            either: set[asyncio.Future[Any]] = {hurry, domain.exited}
+            await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            return domain.exited.done() and domain.exited.result().guest
         finally:
-            gone.cancel()
             hurry.cancel()
+
+    def _on_event(self, event: Event) -> None:
+        """What QEMU tells by itself. Called in the event loop; must not block."""
+        match event:
+            case Reset():
+                self._reset.set()
+                if self._agent is not None:
+                    self._agent.port_changed(is_open=False)
+            case AgentPort(open=is_open) if self._agent is not None:
+                self._agent.port_changed(is_open=is_open)
+            case Panicked() | BlockError(action="stop"):
+                self._world.tasks.spawn(self._stopped_by_itself(event), f"stopped {self.id}")
 
     async def _watch_exit(self, domain: Domain) -> None:
         """See the domain end by itself, and write down why."""
-        ending = await domain.wait_exited()
+        await asyncio.wait({domain.exited})
+        if domain.exited.cancelled():
+            return
+        ending = domain.exited.result()
         async with self.lock:
             if self._domain is not domain:
                 return  # ended on purpose, by a use case that held the lock
             self._release()
             await self._kill(domain)
-            log.warning("sandbox %s ended: %s", self.id, ending.text)
+            log.warning("sandbox %s ended: %s", self.id, ending.reason)
             await self._world.change_sandbox(
                 self.id,
-                state=SandboxState.STOPPED if ending.guest_shutdown else SandboxState.FAILED,
-                state_reason=ending.text,
+                state=SandboxState.STOPPED if ending.guest else SandboxState.FAILED,
+                state_reason=ending.reason,
                 ready=False,
+            )
+
+    async def _stopped_by_itself(self, event: Panicked | BlockError) -> None:
+        """QEMU has stopped the guest: its kernel panicked, or a disk of the host failed."""
+        async with self.lock:
+            domain = self._domain
+            if domain is None or (await self.record()).state is not SandboxState.RUNNING:
+                return
+            if isinstance(event, Panicked):
+                console = await self._console()
+                await self.end()
+                await self._world.change_sandbox(
+                    self.id,
+                    state=SandboxState.FAILED,
+                    state_reason=f"the guest's kernel panicked; its console says: {console}",
+                    ready=False,
+                )
+                return
+            if await domain.status() == "running":
+                return  # somebody has let it run again
+            reason = (
+                "the host's disk is full: free some space, then resume"
+                if event.nospace
+                else "the host's disk failed: look at it before you resume"
+            )
+            await self._world.change_sandbox(
+                self.id, state=SandboxState.PAUSED, state_reason=reason
             )
 
     async def _watch_agent(self, domain: Domain) -> None:
         """See the agent answer after every start and reset, and write it down."""
+        limit = self._world.config.ready_timeout
+        agent = self.require_agent()
+        if await domain.agent_port_open():
+            agent.port_changed(is_open=True)
         while True:
-            with contextlib.suppress(UnavailableError):
-                await domain.agent.wait_ready(self._world.config.ready_timeout)
-                now = await self._world.read(lambda tx: tx.now)
-                await self._note(ready=True, ready_at=now, state_reason="")
-                self._ready.set()
-                await domain.wait_reset()
-                self._ready.clear()
-                await self._note(
-                    ready=False, state_reason="the guest was reset; its agent has not answered yet"
-                )
-                continue
-            if self._domain is domain:
-                await self._note(
-                    ready=False,
-                    state_reason="the guest's agent has not answered for"
-                    f" {self._world.config.ready_timeout:g} s",
-                )
+            self._reset.clear()
+            waiting = asyncio.create_task(agent.wait_ready(limit))
+            reset = asyncio.create_task(self._reset.wait())
+            try:
+                await asyncio.wait({waiting, reset}, return_when=asyncio.FIRST_COMPLETED)
+                if not reset.done():
+                    try:
+                        waiting.result()
+                    except UnavailableError:
+                        await self._note(
+                            ready=False,
+                            state_reason=f"the guest's agent has not answered for {limit:g} s",
+                        )
+                        continue
+                    # Written first: whoever is woken by it reads a record that says so.
+                    await self._note(ready=True, state_reason="")
+                    self._ready.set()
+                    await reset
+            finally:
+                waiting.cancel()
+                reset.cancel()
+            self._ready.clear()
+            await self._note(
+                ready=False, state_reason="the guest was reset; its agent has not answered yet"
+            )
 
-    async def _note(
-        self, *, ready: bool, state_reason: str, ready_at: datetime | None = None
-    ) -> None:
+    async def _note(self, *, ready: bool, state_reason: str) -> None:
         """Write readiness, unless the record has moved on; a pause's reason is kept."""
 
         def write(tx: Transaction) -> Sandbox | None:
@@ -415,7 +480,11 @@ class Guest:
             if (old.ready, old.state_reason) == (ready, state_reason):
                 return None
             return sandboxes.change(
-                tx, self.id, ready=ready, ready_at=ready_at, state_reason=state_reason
+                tx,
+                self.id,
+                ready=ready,
+                ready_at=tx.now if ready else None,
+                state_reason=state_reason,
             )
 
         record = await self._world.write(write)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stratabox.daemon.images.artifact import BuiltImage, Progress
+from stratabox.daemon.images.cache import cached
 from stratabox.daemon.images.debian import build_debian
 from stratabox.daemon.images.importer import import_disk
 from stratabox.daemon.images.tiny import build_tiny
@@ -61,15 +62,20 @@ class Images:
         :raise NoSpaceError: NO_SPACE.
         """
         release = release or "bookworm"
-        cache = self._world.config.build_cache
-        return await self._make(
-            name or "debian",
-            f"debian {release}",
-            lambda work: build_debian(
-                work, release=release, include=include, progress=progress, cache=cache
-            ),
-            replace=replace,
-        )
+
+        async def build(work: Path) -> BuiltImage:
+            return await cached(
+                self._world.config.build_cache,
+                work,
+                recipe="debian",
+                arguments={"release": release, "include": sorted(include)},
+                build=lambda: build_debian(
+                    work, release=release, include=include, progress=progress
+                ),
+                progress=progress,
+            )
+
+        return await self._make(name or "debian", f"debian {release}", build, replace=replace)
 
     async def build_tiny(self, name: str, *, replace: bool, progress: Progress) -> Image:
         """Build a guest of a few MB. Cancelled, it leaves nothing.
@@ -79,13 +85,18 @@ class Images:
         :raise FailedError: IMAGE_BUILD_FAILED.
         :raise NoSpaceError: NO_SPACE.
         """
-        cache = self._world.config.build_cache
-        return await self._make(
-            name or "tiny",
-            "tiny",
-            lambda work: build_tiny(work, progress=progress, cache=cache),
-            replace=replace,
-        )
+
+        async def build(work: Path) -> BuiltImage:
+            return await cached(
+                self._world.config.build_cache,
+                work,
+                recipe="tiny",
+                arguments={},
+                build=lambda: build_tiny(work, progress=progress),
+                progress=progress,
+            )
+
+        return await self._make(name or "tiny", "tiny", build, replace=replace)
 
     async def import_file(
         self, name: str, declared: str, receive: Callable[[Path], Awaitable[None]]

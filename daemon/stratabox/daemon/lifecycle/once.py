@@ -43,6 +43,8 @@ class _Flight(Generic[T]):
     task: asyncio.Task[T]
     key: Key | None
     waiters: int = 0
+    abandoned: bool = False
+    """Its last caller has gone, and it is undoing itself."""
 
 
 class Flights:
@@ -62,9 +64,14 @@ class Flights:
     ) -> T:
         """Do the work, or join the same key's work under way; returns its result.
 
+        Work that is undoing itself is waited for and not joined: it has no result to give.
+
         :raise InvalidArgumentError: IDEMPOTENCY_MISMATCH.
         """
         flight = self._flights.get(key.key) if key else None
+        while flight is not None and flight.abandoned:
+            await asyncio.wait({flight.task})
+            flight = self._flights.get(key.key) if key else None
         if flight is None:
             flight = _Flight(self._tasks.spawn(work(), name), key)
             if key:
@@ -83,5 +90,6 @@ class Flights:
         finally:
             flight.waiters -= 1
             if not flight.waiters and not outlives_callers and not flight.task.done():
+                flight.abandoned = True
                 flight.task.cancel()
                 await asyncio.wait({flight.task})

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from stratabox.daemon.hypervisor.domain import Domain
 from stratabox.daemon.hypervisor.machine import ChainLayer, DomainHandle
-from stratabox.daemon.lifecycle.capture import Outcome, Switch, fail, finish, switches_of
+from stratabox.daemon.lifecycle.capture import Outcome, Switch, fail, finish, switches_of, thaw
 from stratabox.daemon.lifecycle.clones import Clones
 from stratabox.daemon.lifecycle.guest import PAUSED_BY_USER, Guest
 from stratabox.daemon.lifecycle.guests import Guests
@@ -79,7 +79,10 @@ class Reconcile:
             if image.state is not ImageState.READY:
                 await self._images.discard(image.id)
         await world.sweep()
-        await in_executor(world.worker, lambda: world.store.sweep_strays(world.catalog))
+        await in_executor(
+            world.worker,
+            lambda: world.store.sweep_strays(world.catalog, keep=world.firmware.values()),
+        )
 
     async def _note_boot(self) -> bool:
         """Tell whether the host was booted since a daemon last ran here."""
@@ -187,7 +190,7 @@ class Reconcile:
         """Undo a freeze that a killed daemon left; how many file systems it thawed."""
         if not operation.payload.get("freezing") or guest.domain is None:
             return None
-        return await guest.require_agent().ensure_thawed()
+        return await thaw(guest.require_agent())
 
     async def _was_switched(self, guest: Guest, steps: list[Switch]) -> bool:
         if not steps or _is_unmade(self._world, steps):
@@ -197,19 +200,14 @@ class Reconcile:
             # was written since; if it did not, they are empty. On top of the old layers they are
             # right either way.
             return True
-        active = await guest.domain.active_layers()
+        active = await guest.domain.disks.active_layers()
         return all(
-            active.get(f"disk{step.index}") == _chain_layer(self._world, step.new).node
-            for step in steps
+            active.get(step.index) == _chain_layer(self._world, step.new).node for step in steps
         )
 
     async def _drop(self, guest: Guest, steps: list[Switch]) -> None:
         if guest.domain is not None and steps:
-            pairs = [
-                (_chain_layer(self._world, step.old), _chain_layer(self._world, step.new))
-                for step in steps
-            ]
-            await guest.domain.drop_overlays(pairs)
+            await guest.domain.disks.drop([_chain_layer(self._world, step.new) for step in steps])
         await in_thread(self._world.store.remove_overlays, [step.new for step in steps])
 
     # Reverts

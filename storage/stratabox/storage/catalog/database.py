@@ -90,19 +90,36 @@ class Catalog:
             self._connection = sqlite3.connect(
                 path, isolation_level=None, check_same_thread=False, timeout=10
             )
-            self._connection.row_factory = sqlite3.Row
-            path.chmod(0o600)
-            for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-                self._connection.execute(f"PRAGMA {pragma}")
-            self._migrate()
-        with self.transaction() as tx:
-            row = tx.row("SELECT id FROM store")
-        assert row is not None
-        self.store_id: str = row["id"]
+        try:
+            self.store_id = self._open()
+        except BaseException:
+            self._connection.close()
+            raise
 
     def close(self) -> None:
         """Close it; the WAL is folded in."""
         self._connection.close()
+
+    def _open(self) -> str:
+        with self._translated():
+            self._connection.row_factory = sqlite3.Row
+            self._path.chmod(0o600)
+            for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+                self._connection.execute(f"PRAGMA {pragma}")
+            self._migrate()
+            # Files that no row names are removed: a damaged row must not pass for a missing one.
+            (verdict,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise CorruptError(
+                f"the catalog {self._path} is damaged ({verdict})", reason="CATALOG_CORRUPT"
+            )
+        with self.transaction() as tx:
+            row = tx.row("SELECT id FROM store")
+        if row is None:
+            raise CorruptError(
+                f"the catalog {self._path} does not say whose it is", reason="CATALOG_CORRUPT"
+            )
+        return str(row["id"])
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:
@@ -149,9 +166,9 @@ class Catalog:
         try:
             yield
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            if error.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE):
                 raise NoSpaceError(f"no space left for the catalog {self._path}") from error
-            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
                 raise DeniedError(
                     f"the catalog {self._path} is locked by another program", reason="CATALOG_BUSY"
                 ) from error

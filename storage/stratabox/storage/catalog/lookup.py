@@ -6,6 +6,7 @@ import base64
 import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from stratabox.storage.catalog.database import Row, Transaction
@@ -94,18 +95,28 @@ def list_page(
     if len(rows) <= size:
         return rows, ""
     last = rows[size - 1]
-    token = base64.urlsafe_b64encode(f"{last['created_at']} {last['id']}".encode()).decode()
-    return rows[:size], token
+    return rows[:size], _token(last["created_at"], last["id"])
+
+
+def _token(time: str, row_id: str) -> str:
+    return base64.urlsafe_b64encode(f"{time} {row_id}".encode()).decode()
 
 
 def _parse_token(token: str) -> tuple[str, str]:
     try:
         time, found, row_id = base64.urlsafe_b64decode(token.encode()).decode().partition(" ")
+        datetime.fromisoformat(time)
     except (binascii.Error, ValueError) as error:
-        raise InvalidArgumentError("page_token is not one that this daemon gave out") from error
-    if not found or not is_id(row_id):
-        raise InvalidArgumentError("page_token is not one that this daemon gave out")
+        raise _bad_token() from error
+    if not found or not is_id(row_id) or token != _token(time, row_id):
+        raise _bad_token()
     return time, row_id
+
+
+def _bad_token() -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "page_token is not one that this daemon gave out", field="page_token"
+    )
 
 
 def entries_condition(column: str, entries: Mapping[str, str], values: dict[str, Any]) -> list[str]:

@@ -7,9 +7,25 @@ catalog names it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from stratabox.storage.model.errors import NoSpaceError
+
+
+@contextmanager
+def naming_a_full_disk() -> Iterator[None]:
+    """Let ENOSPC and EDQUOT leave as what they mean. :raise NoSpaceError: NO_SPACE."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NoSpaceError(f"no space left on the host's disk: {error}") from error
 
 
 def sync_file(path: Path) -> None:

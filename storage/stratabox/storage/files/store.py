@@ -56,18 +56,19 @@ class Store:
         """
         made: list[Path] = []
         try:
-            for overlay in overlays:
-                path = self.layout.layer(overlay.id)
-                made.append(path)
-                if overlay.parent is None:
-                    qemu_img.create_disk(path, overlay.size)
-                else:
-                    # A bare name: relative to the folder of the child, which is the same one.
-                    backing = self.layout.layer_name(overlay.parent)
-                    qemu_img.create_overlay(path, backing, overlay.size)
-                path.chmod(0o600)
-                durable.sync_file(path)
-            durable.sync_folder(self.layout.layers)
+            with durable.naming_a_full_disk():
+                for overlay in overlays:
+                    path = self.layout.layer(overlay.id)
+                    made.append(path)
+                    if overlay.parent is None:
+                        qemu_img.create_disk(path, overlay.size)
+                    else:
+                        # A bare name: relative to the folder of the child, which is the same one.
+                        backing = self.layout.layer_name(overlay.parent)
+                        qemu_img.create_overlay(path, backing, overlay.size)
+                    path.chmod(0o600)
+                    durable.sync_file(path)
+                durable.sync_folder(self.layout.layers)
         except BaseException:
             for path in made:
                 path.unlink(missing_ok=True)
@@ -92,8 +93,8 @@ class Store:
                 raise CorruptError(
                     f"the file of layer {layer} is missing", reason="LAYER_MISSING", layer=layer
                 )
+            path.chmod(0o400)  # before the fsync, which makes the mode durable too
             durable.sync_file(path)
-            path.chmod(0o400)
             total += durable.allocated_bytes(path)
         return total
 
@@ -110,21 +111,26 @@ class Store:
         return layer
 
     def put_blob(self, source: Path) -> Sha256:
-        """Copy a file into the store under its SHA-256, durably. Twice is the same as once."""
+        """Copy a file into the store under its SHA-256, durably. Twice is the same as once.
+
+        :raise NoSpaceError: when the disk is full; nothing is left then.
+        """
         digest = Sha256(durable.digest_file(source))
         target = self.layout.blob(digest)
         if not target.exists():
             staged = self.layout.work / f"blob-{mint()}"
             try:
-                shutil.copyfile(source, staged)
-                if durable.digest_file(staged) != digest:
-                    raise CorruptError(f"{source} changed while it was copied")
-                staged.chmod(0o444)
-                durable.sync_file(staged)
-                staged.rename(target)
+                with durable.naming_a_full_disk():
+                    shutil.copyfile(source, staged)
+                    if durable.digest_file(staged) != digest:
+                        raise CorruptError(f"{source} changed while it was copied")
+                    staged.chmod(0o444)
+                    durable.sync_file(staged)
+                    staged.rename(target)
             finally:
                 staged.unlink(missing_ok=True)
-            durable.sync_folder(self.layout.blobs)
+        # Also for one that was there: who renamed it may have been killed before doing this.
+        durable.sync_folder(self.layout.blobs)
         return digest
 
     def firmware_folder(self, files: Mapping[str, Sha256]) -> Path:
@@ -144,7 +150,11 @@ class Store:
             if not link.exists() or not link.samefile(blob):
                 staged = folder / f".{mint()}"
                 os.link(blob, staged)
-                staged.rename(link)
+                try:
+                    staged.rename(link)
+                finally:
+                    # Somebody else was quicker: rename does nothing between two links of one file.
+                    staged.unlink(missing_ok=True)
         return folder
 
     def blob_path(self, digest: Sha256) -> Path:
@@ -179,20 +189,32 @@ class Store:
         log.info("removed %d layers, %d bytes", len(doomed), freed)
         return freed
 
-    def sweep_strays(self, catalog: Catalog) -> None:
+    def sweep_strays(self, catalog: Catalog, *, keep: Iterable[Sha256] = ()) -> None:
         """At start, before anything runs: remove files that no row names, report rows without.
 
         Safe only while nothing is under way: a file is made before its row is written.
+
+        :param keep: blobs that stay although no record needs them yet.
+        :raise CorruptError: CATALOG_LOST, when there are layers and the catalog is a new one.
         """
         with catalog.transaction() as tx:
             known = {
                 self.layout.layer_name(layer.id): layer.state for layer in layers.everything(tx)
             }
+            (store,) = tx.rows("SELECT generation FROM store")
+        found = sum(1 for _ in self.layout.layers.iterdir())
+        if store["generation"] == 0 and found:
+            # Each layer was made for a record. A catalog that never held one is not theirs.
+            raise CorruptError(
+                f"the catalog {self.layout.catalog} is new, but {self.layout.layers} holds {found}"
+                " files: put the catalog that belongs to them back, or move them away",
+                reason="CATALOG_LOST",
+            )
         for path in self.layout.layers.iterdir():
             if path.name not in known:
                 log.warning("removing stray layer %s", path.name)
                 path.unlink()
-        self.sweep_blobs(catalog, keep=())
+        self.sweep_blobs(catalog, keep)
         for path in self.layout.work.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)

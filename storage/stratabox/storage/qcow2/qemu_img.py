@@ -78,10 +78,21 @@ def convert(
 
 
 def convert_command(
-    source: str, target: str, *, source_format: str, target_format: str = "qcow2"
+    source: str,
+    target: str,
+    *,
+    source_format: str,
+    target_format: str = "qcow2",
+    into_existing: bool = False,
 ) -> list[str]:
-    """The argument vector of `convert`, for callers that confine or cancel it."""
-    return [TOOL, "convert", "-f", source_format, "-O", target_format, source, target]
+    """The argument vector of `convert`, for callers that confine or cancel it.
+
+    :param into_existing: The target is there, empty and large enough: it is not made anew.
+    """
+    # Of an existing target it must be said that it reads as zeros, or zeros would be written.
+    existing = ["-n", "--target-is-zero"] if into_existing else []
+    formats = ["-f", source_format, "-O", target_format]
+    return [TOOL, "convert", *formats, *existing, source, target]
 
 
 def resize(path: Path, size: int) -> None:

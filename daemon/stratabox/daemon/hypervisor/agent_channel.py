@@ -1,0 +1,196 @@
+"""The wire to a guest's agent: JSON lines over one serial channel, from a guest that may lie.
+
+The channel has no ids. What tells the reply to a question from a late one to an earlier question is
+``guest-sync-delimited``: 0xFF makes the agent drop half a command, and its reply, after another 0xFF,
+carries a number that was never used before. That is done whenever the last exchange did not end
+well. Everything is bounded: a reply's size by the caller, its time, its nesting by Python; and the
+daemon reads only while it waits for a reply, so a guest that floods its port fills its own queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from stratabox.daemon.hypervisor import sockets
+from stratabox.storage.model.errors import UnavailableError
+
+_CHUNK = 256 << 10
+_THREAD_ABOVE = 1 << 20
+"""Replies above this size are parsed in a thread."""
+_SYNC_BYTES = 4096
+_CONNECT_PAUSE = 0.05
+
+
+class AgentGoneError(UnavailableError):
+    """The agent did not answer as it should. Whether the command was run is not known."""
+
+    default_reason = "AGENT_UNAVAILABLE"
+
+
+class AgentChannel:
+    """One connection to the agent's socket in `folder`, made when it is needed.
+
+    Not for concurrent use: `GuestAgent` holds a lock.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._sock: socket.socket | None = None
+        self._buffer = bytearray()
+        self._in_step = False
+
+    @property
+    def in_step(self) -> bool:
+        """The next line will be the reply to the next command."""
+        return self._in_step
+
+    def out_of_step(self) -> None:
+        """Have the next exchange begin with a sync, as after a guest's reset."""
+        self._in_step = False
+
+    def close(self) -> None:
+        """Hang up."""
+        self._in_step = False
+        self._buffer.clear()
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    async def sync(self) -> None:
+        """Connect where necessary and get in step; waits as long as the agent needs.
+
+        :raise AgentGoneError: when QEMU hangs up.
+        """
+        await self._connect()
+        number = secrets.randbits(48)
+        arguments = {"id": number}
+        self._in_step = False
+        await self._send(b"\xff" + _encode("guest-sync-delimited", arguments))
+        while True:
+            await self._skip_to_mark()
+            with contextlib.suppress(_TooLongError, _GarbageError):
+                reply = await _decode(await self._line(_SYNC_BYTES))
+                if reply.get("return") == number:
+                    self._in_step = True
+                    return
+
+    async def exchange(
+        self, command: str, arguments: Mapping[str, object] | None, limit: int
+    ) -> Mapping[str, object]:
+        """Send a command and return the reply, which has "return" or "error".
+
+        Unless this returns, the channel is out of step.
+
+        :param limit: largest reply, bytes.
+        :raise AgentGoneError: when QEMU hangs up, or the reply is too large or no reply at all.
+        """
+        self._in_step = False
+        await self._send(_encode(command, arguments))
+        try:
+            reply = await _decode(await self._line(limit))
+        except _TooLongError:
+            self.close()  # whatever is left of it is not worth reading
+            raise AgentGoneError(f"The guest's reply to {command} is too large.") from None
+        except _GarbageError as error:
+            raise AgentGoneError(f"The guest's reply to {command} makes no sense.") from error
+        self._in_step = True
+        return reply
+
+    def send_now(self, command: str) -> None:
+        """Queue a command behind the one that runs, at once and without waiting for a reply.
+
+        Where it cannot be queued (no connection, a full queue) nothing happens.
+        """
+        self._in_step = False
+        if self._sock is not None:
+            with contextlib.suppress(OSError):
+                self._sock.send(_encode(command, None))
+
+    async def _connect(self) -> None:
+        while self._sock is None:
+            try:
+                self._sock = sockets.connect(self._folder, sockets.AGENT)
+            except BlockingIOError:
+                await asyncio.sleep(_CONNECT_PAUSE)
+            except OSError as error:
+                raise AgentGoneError("The guest's agent has no channel: QEMU is gone.") from error
+
+    async def _send(self, data: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.sock_sendall(self._opened(), data)
+        except OSError as error:
+            self.close()
+            raise AgentGoneError("The channel to the guest's agent was lost.") from error
+
+    async def _receive(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            data = await loop.sock_recv(self._opened(), _CHUNK)
+        except OSError as error:
+            self.close()
+            raise AgentGoneError("The channel to the guest's agent was lost.") from error
+        if not data:
+            self.close()
+            raise AgentGoneError("The channel to the guest's agent was lost.")
+        self._buffer += data
+
+    async def _skip_to_mark(self) -> None:
+        while (mark := self._buffer.rfind(b"\xff")) < 0:
+            self._buffer.clear()
+            await self._receive()
+        # The last mark: replies to earlier syncs lie before it.
+        del self._buffer[: mark + 1]
+
+    async def _line(self, limit: int) -> bytes:
+        seen = 0
+        while (end := self._buffer.find(b"\n", seen)) < 0:
+            seen = len(self._buffer)
+            if seen > limit:
+                raise _TooLongError
+            await self._receive()
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
+    def _opened(self) -> socket.socket:
+        if self._sock is None:
+            raise AgentGoneError("The channel to the guest's agent was lost.")
+        return self._sock
+
+
+class _TooLongError(Exception):
+    """A line is longer than it may be."""
+
+
+class _GarbageError(Exception):
+    """A line is no JSON object."""
+
+
+def _encode(command: str, arguments: Mapping[str, object] | None) -> bytes:
+    message: dict[str, object] = {"execute": command}
+    if arguments:
+        message["arguments"] = arguments
+    return json.dumps(message).encode() + b"\n"
+
+
+async def _decode(line: bytes) -> Mapping[str, object]:
+    if len(line) > _THREAD_ABOVE:
+        return await asyncio.to_thread(_parse, line)
+    return _parse(line)
+
+
+def _parse(line: bytes) -> Mapping[str, object]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _GarbageError from error
+    if not isinstance(value, dict):
+        raise _GarbageError
+    return value

@@ -1,0 +1,293 @@
+"""Commands in the guest, by its agent: run, wait, or end with everything they started.
+
+The agent can start a process and tell its output when it has ended, but it cannot end one. So each
+command gets a marker in its environment and a session of its own, and a second command kills all
+processes that have the marker, or are of that session, until none is left.
+
+`execute` returns when the command *and whatever holds its output* have ended, as a pipe would: a
+background child that should outlive its command must redirect its output.
+
+While an application snapshot is taken the agent refuses to start or ask anything; that is waited
+out, and counts for the time-out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stratabox.daemon.hypervisor.agent import AgentRefusedError, GuestAgent
+from stratabox.daemon.hypervisor.agent_channel import AgentGoneError
+from stratabox.storage.model.errors import InvalidArgumentError, UnavailableError
+
+MARKER = "STRATABOX_EXEC"
+DEFAULT_ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "USER": "root",
+    "LOGNAME": "root",
+    "SHELL": "/bin/sh",
+    "LANG": "C.UTF-8",
+}
+NO_DIRECTORY = 126
+"""Exit code when `cwd` cannot be entered; stderr says so. As a shell's for "cannot execute"."""
+
+_OUTPUT_BYTES = 48 << 20
+"""The agent keeps 16 MiB of each stream, 4/3 of that as base64."""
+_ARGUMENT_BYTES = 128 << 10
+_ALL_BYTES = (2 << 20) - (16 << 10)
+"""Linux: one argument and all of them with the environment (a quarter of the 8 MiB stack)."""
+_FIRST_POLL, _LONGEST_POLL, _POLL_GROWTH = 0.01, 0.25, 1.4
+_FROZEN_POLL = 0.1
+_KILL_SECONDS = 30.0
+_REPLY_SECONDS = 30.0
+
+_RUN = """\
+cd -- "$1" || exit 126
+shift
+command -v setsid >/dev/null 2>&1 && exec setsid -- "$@"
+exec "$@"
+"""
+
+# $1: marker, $2: session (0: not known). Prints how many it killed in the last round: 0 is success.
+# Zombies are left out, they cannot be killed and still carry their session.
+_KILL = """\
+round=0
+while :; do
+  killed=0
+  for file in $(grep -lsF -e "$1" /proc/[0-9]*/environ); do
+    process=${file#/proc/}
+    kill -9 "${process%%/*}" 2>/dev/null && killed=$((killed + 1))
+  done
+  if [ "$2" != 0 ]; then
+    for file in /proc/[0-9]*/stat; do
+      read -r line 2>/dev/null <"$file" || continue
+      process=${line%% *}
+      set -- "$1" "$2" ${line##*) }
+      if [ "$6" = "$2" ] && [ "$3" != Z ] && [ "$3" != X ]; then
+        kill -9 "$process" 2>/dev/null && killed=$((killed + 1))
+      fi
+    done
+  fi
+  round=$((round + 1))
+  [ "$killed" = 0 ] || [ "$round" = 200 ] && break
+done
+echo "$killed"
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecResult:
+    """How a command ended."""
+
+    exit_code: int | None
+    """None when a signal ended it, or it was ended by its time-out."""
+    signal: int | None
+    """The signal that ended it."""
+    stdout: bytes
+    stderr: bytes
+    stdout_truncated: bool
+    """The guest's agent keeps the first 16 MiB of each stream."""
+    stderr_truncated: bool
+    timed_out: bool
+    """It was killed, with all that it started, and the output is what it wrote so far."""
+    duration: float
+    """Seconds, by the host's clock."""
+
+
+async def execute(
+    agent: GuestAgent,
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str = "/",
+    timeout: float | None = None,
+) -> ExecResult:
+    """Run a command in the guest, as root, with nothing on its stdin.
+
+    A command that does not exist ends with exit code 127, a `cwd` that does not with
+    `NO_DIRECTORY`; stderr says which. When this call is cancelled, the command and all that it
+    started are killed in the guest before the cancellation goes on (for at most 30 s).
+
+    :param env: on top of `DEFAULT_ENVIRONMENT`.
+    :param timeout: seconds after which the command is ended; a result with `timed_out`.
+    :raise InvalidArgumentError: for no command at all, NUL bytes, text that is no Unicode, bad
+        names of variables, or more arguments than Linux takes.
+    :raise UnavailableError: AGENT_UNAVAILABLE, when the agent stops answering; the command may run on.
+    :raise FailedError: AGENT_FAILED, when the agent refuses, as where it is told not to exec.
+    """
+    _check(argv, env or {}, cwd)
+    marker = f"{MARKER}={uuid.uuid4()}"
+    environment = {**DEFAULT_ENVIRONMENT, **(env or {})}
+    request = {
+        "path": "/bin/sh",
+        "arg": ["-c", _RUN, "sh", cwd, *argv],
+        "env": [*(f"{name}={value}" for name, value in environment.items()), marker],
+        "capture-output": True,
+    }
+    started = time.monotonic()
+    pid = 0
+    timed_out = False
+    try:
+        async with asyncio.timeout(timeout):
+            pid = await _start(agent, request)
+            status = await _wait(agent, pid)
+    except TimeoutError:
+        timed_out = True
+        await _kill(agent, marker, pid)
+        status = await _wait_killed(agent, pid)
+    except asyncio.CancelledError:
+        await _kill_shielded(agent, marker, pid)
+        raise
+    duration = time.monotonic() - started
+    stdout, stderr = await asyncio.to_thread(_outputs, status)
+    return ExecResult(
+        exit_code=None if timed_out else _integer(status.get("exitcode")),
+        signal=_integer(status.get("signal")),
+        stdout=stdout,
+        stderr=stderr,
+        stdout_truncated=bool(status.get("out-truncated")),
+        stderr_truncated=bool(status.get("err-truncated")),
+        timed_out=timed_out,
+        duration=duration,
+    )
+
+
+def _check(argv: Sequence[str], env: Mapping[str, str], cwd: str) -> None:
+    if not argv or not argv[0]:
+        raise InvalidArgumentError("There is no command to run.")
+    variables = [f"{name}={value}" for name, value in env.items()]
+    sizes = []
+    for text in (*argv, *variables, cwd):
+        if "\0" in text:
+            raise InvalidArgumentError("A command and its environment cannot hold NUL bytes.")
+        try:
+            sizes.append(len(text.encode()) + 1)
+        except UnicodeEncodeError:
+            raise InvalidArgumentError("A command and its environment must be Unicode.") from None
+    for name in env:
+        if not name or "=" in name:
+            raise InvalidArgumentError(f"{name!r} is no name for an environment variable.")
+    if max(sizes) > _ARGUMENT_BYTES:
+        raise InvalidArgumentError(
+            f"One argument or variable is longer than {_ARGUMENT_BYTES} bytes; write it to a file."
+        )
+    if sum(sizes) + 8 * len(sizes) > _ALL_BYTES:  # Linux counts the pointers too
+        raise InvalidArgumentError(
+            f"Arguments and environment are longer than {_ALL_BYTES} bytes together; "
+            "write them to a file."
+        )
+
+
+async def _start(agent: GuestAgent, request: Mapping[str, object]) -> int:
+    while True:
+        try:
+            answer = await agent.execute("guest-exec", request, timeout=_REPLY_SECONDS)
+        except AgentRefusedError as error:
+            if "rgument list too long" in error.words:
+                raise InvalidArgumentError(
+                    "Arguments and environment are too long for the guest; write them to a file."
+                ) from error
+            if not await _is_frozen(agent, error):
+                raise
+            await asyncio.sleep(_FROZEN_POLL)
+            continue
+        pid = _integer(answer.get("pid")) if isinstance(answer, dict) else None
+        if pid is None:
+            raise AgentGoneError("The guest's agent started a command and did not say which.")
+        return pid
+
+
+async def _wait(agent: GuestAgent, pid: int) -> Mapping[str, object]:
+    """The last status of a command, when it has ended."""
+    pause = _FIRST_POLL
+    while True:
+        try:
+            status = await agent.execute(
+                "guest-exec-status", {"pid": pid}, timeout=_REPLY_SECONDS, limit=_OUTPUT_BYTES
+            )
+        except AgentRefusedError as error:
+            if not await _is_frozen(agent, error):
+                raise AgentGoneError(
+                    "The guest's agent forgot the command: it, or the guest, was started again."
+                ) from error
+            await asyncio.sleep(_FROZEN_POLL)
+            continue
+        if not isinstance(status, dict):
+            raise AgentGoneError("The guest's agent does not say how a command does.")
+        if status.get("exited"):
+            return status
+        await asyncio.sleep(pause)
+        pause = min(pause * _POLL_GROWTH, _LONGEST_POLL)
+
+
+async def _is_frozen(agent: GuestAgent, error: AgentRefusedError) -> bool:
+    """Whether a refusal only means that file systems are frozen just now."""
+    if error.kind != "CommandNotFound":
+        return False
+    # Agents before 6.1 do not say why they refuse.
+    return "frozen" in error.words or await agent.fsfreeze_status() == "frozen"
+
+
+async def _wait_killed(agent: GuestAgent, pid: int) -> Mapping[str, object]:
+    if not pid:
+        return {}
+    try:
+        async with asyncio.timeout(_KILL_SECONDS):
+            return await _wait(agent, pid)
+    except TimeoutError:
+        raise AgentGoneError(
+            "A command was killed, but something still holds its output."
+        ) from None
+
+
+async def _kill_shielded(agent: GuestAgent, marker: str, pid: int) -> None:
+    killing = asyncio.ensure_future(_kill(agent, marker, pid))
+    try:
+        await asyncio.shield(killing)
+    except asyncio.CancelledError:
+        await asyncio.wait((killing,))  # cancelled twice: the guest must be clean all the same
+    except UnavailableError:
+        return  # the guest is gone or deaf; the caller's cancellation is what counts
+
+
+async def _kill(agent: GuestAgent, marker: str, session: int) -> None:
+    """Kill all that a command started; return when nothing of it is left.
+
+    :raise UnavailableError: AGENT_UNAVAILABLE, when that cannot be done in time.
+    """
+    request = {
+        "path": "/bin/sh",
+        "arg": ["-c", _KILL, "sh", marker, str(session)],
+        "env": [f"PATH={DEFAULT_ENVIRONMENT['PATH']}"],
+        "capture-output": True,
+    }
+    try:
+        async with asyncio.timeout(_KILL_SECONDS):
+            while True:
+                status = await _wait(agent, await _start(agent, request))
+                if _outputs(status)[0].strip() == b"0":
+                    return
+    except TimeoutError:
+        raise AgentGoneError(
+            f"What a command started could not be ended within {_KILL_SECONDS:g} s."
+        ) from None
+
+
+def _outputs(status: Mapping[str, object]) -> tuple[bytes, bytes]:
+    try:
+        return (
+            base64.b64decode(str(status.get("out-data", ""))),
+            base64.b64decode(str(status.get("err-data", ""))),
+        )
+    except binascii.Error as error:
+        raise AgentGoneError("The guest's agent sent output that makes no sense.") from error
+
+
+def _integer(value: object) -> int | None:
+    return value if isinstance(value, int) else None
