@@ -193,16 +193,6 @@ def test_a_refused_file_is_not_held_open(path: Path) -> None:
     assert str(path) not in held
 
 
-def test_another_writer_is_named_as_such(used: Path, catalog_in_a_hurry: None) -> None:
-    other = sqlite3.connect(used, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    catalog = Catalog.__new__(Catalog)
-    with pytest.raises(DeniedError) as caught:
-        catalog.__init__(used)  # type: ignore[misc]
-    other.close()
-    assert caught.value.reason == "CATALOG_BUSY"
-
-
 # -- transactions -----------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from stratabox.daemon.images.importer import import_disk
 from stratabox.storage.model.errors import InvalidArgumentError
 from stratabox.storage.qcow2 import header, qemu_img
@@ -100,8 +101,9 @@ async def test_internal_snapshots_are_refused(work: Path, tmp_path: Path) -> Non
 
 async def test_encryption_is_refused(work: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.qcow2"
-    qemu("create", "-f", "qcow2", "--object", "secret,id=s,data=x",
-         "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", bad, "1M")  # fmt: skip
+    secret = ["--object", "secret,id=s,data=secret"]
+    luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+    qemu("create", "-f", "qcow2", *secret, "-o", luks, bad, "1M")
     assert "encrypted" in await refused(bad, "qcow2", work)
 
 

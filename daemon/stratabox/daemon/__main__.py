@@ -84,6 +84,9 @@ def _run(config: Config) -> int:
                 file=sys.stderr,
             )
             return 1
+    # gRPC's handlers around fork crash children that are forked while it works in another thread;
+    # the daemon's children only exec. It reads this when it is imported.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     from stratabox.daemon.app import serve
 
     logging.basicConfig(

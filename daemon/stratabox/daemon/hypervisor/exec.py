@@ -2,7 +2,8 @@
 
 The agent can start a process and tell its output when it has ended, but it cannot end one. So each
 command gets a marker in its environment and a session of its own, and a second command kills all
-processes that have the marker, or are of that session, until none is left.
+processes that have the marker, are of that session, or descend from such a one, until none is
+left. (A process that empties its environment, starts a session *and* loses its parents escapes.)
 
 `execute` returns when the command *and whatever holds its output* have ended, as a pipe would: a
 background child that should outlive its command must redirect its output.
@@ -54,30 +55,40 @@ command -v setsid >/dev/null 2>&1 && exec setsid -- "$@"
 exec "$@"
 """
 
-# $1: marker, $2: session (0: not known). Prints how many it killed in the last round: 0 is success.
-# Zombies are left out, they cannot be killed and still carry their session.
+# $1: marker, $2: session (0: not known). A round kills every process that has the marker, is of the
+# session, or descends from such a one; the rounds end when there is none. Prints "done" then.
+# Zombies cannot be killed and kernel threads (children of 2) are none of ours. The environment goes
+# through tr because busybox's grep stops at the first NUL byte.
 _KILL = """\
-round=0
-while :; do
-  killed=0
-  for file in $(grep -lsF -e "$1" /proc/[0-9]*/environ); do
-    process=${file#/proc/}
-    kill -9 "${process%%/*}" 2>/dev/null && killed=$((killed + 1))
+marker=$1 session=$2 round=0
+while [ "$round" -lt 100 ]; do
+  table='' doomed=' ' grown=yes
+  for file in /proc/[0-9]*/stat; do
+    { read -r line <"$file"; } 2>/dev/null || continue
+    pid=${line%% *}
+    set -- ${line##*) }
+    if [ "$1" = Z ] || [ "$1" = X ] || [ "$2" = 2 ] || [ "$pid" = "$$" ]; then continue; fi
+    table="$table$pid $2
+"
+    if [ "$session" != 0 ] && [ "$4" = "$session" ]; then
+      doomed="$doomed$pid "
+    elif { tr '\\0' '\\n' <"/proc/$pid/environ" | grep -qxF -e "$marker"; } 2>/dev/null; then
+      doomed="$doomed$pid "
+    fi
   done
-  if [ "$2" != 0 ]; then
-    for file in /proc/[0-9]*/stat; do
-      read -r line 2>/dev/null <"$file" || continue
-      process=${line%% *}
-      set -- "$1" "$2" ${line##*) }
-      if [ "$6" = "$2" ] && [ "$3" != Z ] && [ "$3" != X ]; then
-        kill -9 "$process" 2>/dev/null && killed=$((killed + 1))
-      fi
-    done
-  fi
+  if [ "$doomed" = ' ' ]; then echo done; exit; fi
+  while [ -n "$grown" ]; do
+    grown=
+    while read -r pid parent; do
+      case "$doomed" in *" $pid "*) continue ;; esac
+      case "$doomed" in *" $parent "*) doomed="$doomed$pid " grown=yes ;; esac
+    done <<END
+$table
+END
+  done
+  kill -9 $doomed 2>/dev/null
   round=$((round + 1))
-  [ "$killed" = 0 ] || [ "$round" = 200 ] && break
 done
-echo "$killed"
 """
 
 
@@ -271,7 +282,7 @@ async def _kill(agent: GuestAgent, marker: str, session: int) -> None:
         async with asyncio.timeout(_KILL_SECONDS):
             while True:
                 status = await _wait(agent, await _start(agent, request))
-                if _outputs(status)[0].strip() == b"0":
+                if _outputs(status)[0].strip() == b"done":
                     return
     except TimeoutError:
         raise AgentGoneError(

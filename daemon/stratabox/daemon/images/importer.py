@@ -48,8 +48,8 @@ _MAGICS = (
 async def import_disk(source: Path, declared: str, work: Path, *, max_bytes: int) -> BuiltImage:
     """Copy the disk in `source` into a qcow2 of ours in the folder `work`.
 
-    The source's bytes are never changed (as root its mode is, for the while). The new disk's size is rounded up to a whole GiB. The guest boots
-    by itself, so there is no kernel.
+    The source's bytes are never changed (as root its mode is, for the while). The new disk's size
+    is rounded up to a whole GiB. The guest boots by itself, so there is no kernel.
 
     :param declared: "qcow2" or "raw"; nothing else is tried.
     :param max_bytes: The most that the disk may hold, bytes.
@@ -118,18 +118,21 @@ async def _convert(read: int, write: int, declared: str, size: int) -> None:
         # no folder is entered, and nobody else has the descriptors.
         os.fchmod(read, mode | stat.S_IROTH)
         os.fchmod(write, 0o666)
-    copy = qemu_img.convert_command(
-        f"/proc/self/fd/{read}",
-        f"/proc/self/fd/{write}",
-        source_format=declared,
-        into_existing=True,
-    )
+    source, target = f"/proc/self/fd/{read}", f"/proc/self/fd/{write}"
+    confined = ["prlimit", *limits, "setpriv", *confine]
+    copy = qemu_img.convert_command(source, target, source_format=declared, into_existing=True)
     try:
+        if declared == "qcow2":
+            # Reading beyond the end of a truncated file gives zeros and no error: look before.
+            await process.run(
+                [*confined, *qemu_img.check_command(source)],
+                what="Checking the disk",
+                pass_fds=[read],
+                seconds=_SECONDS,
+                good=(0, qemu_img.LEAKS_ONLY),
+            )
         await process.run(
-            ["prlimit", *limits, "setpriv", *confine, *copy],
-            what="Copying the disk",
-            pass_fds=[read, write],
-            seconds=_SECONDS,
+            [*confined, *copy], what="Copying the disk", pass_fds=[read, write], seconds=_SECONDS
         )
     except FailedError as error:
         raise _explain(error) from error
@@ -145,4 +148,6 @@ def _explain(error: FailedError) -> StrataboxError:
         return NoSpaceError("The disk grew beyond what its size allows.", reason="NO_SPACE")
     if not text:
         return error
+    if error.message.startswith("Checking"):
+        return _invalid("its tables are wrong or point beyond its end; it is corrupt or truncated")
     return _invalid(f"it cannot be read to its end: {text.splitlines()[-1][-500:]}")

@@ -63,6 +63,7 @@ async def run(
     env: dict[str, str] | None = None,
     on_line: Callable[[str], None] | None = None,
     seconds: float | None = None,
+    good: Sequence[int] = (0,),
 ) -> str:
     """Run a tool to its end and return the last lines of what it said (stdout and stderr).
 
@@ -72,6 +73,7 @@ async def run(
     :param env: Added to a small fixed environment.
     :param on_line: Called with each line as it comes.
     :param seconds: Time-out.
+    :param good: Exit codes that are no failure.
     :raise DeniedError: TOOL_MISSING.
     :raise NoSpaceError: NO_SPACE, when the tool said so.
     :raise FailedError: IMAGE_BUILD_FAILED; the message has the tail of the tool's words.
@@ -99,7 +101,7 @@ async def run(
     finally:
         await _end(process)
     text = "\n".join(tail)
-    if code == 0:
+    if code in good:
         return text
     if any(sign in text for sign in _NO_SPACE):
         raise NoSpaceError(f"{what}: no space left on the host's disk.", reason="NO_SPACE")

@@ -231,7 +231,7 @@ class Reconcile:
                 await in_thread(world.store.make_overlays, overlays)
                 record = await self._reverts.switch_disks(guest, operation)
             if payload["boots"]:
-                await guest.boot(record, lambda tx: operations.end(tx, operation.id))
+                await self._reverts.boot(guest, record, operation)
 
 
 def _is_unmade(world: World, steps: list[Switch]) -> bool:

@@ -20,7 +20,7 @@ from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.catalog.operations import Kind, Operation
 from stratabox.storage.failpoints import hit
 from stratabox.storage.files.store import NewOverlay
-from stratabox.storage.model.errors import DeniedError, FailedError
+from stratabox.storage.model.errors import DeniedError, FailedError, StrataboxError
 from stratabox.storage.model.ids import LayerId, SnapshotId, mint
 from stratabox.storage.model.records import Disk, Layer, Sandbox, Snapshot
 from stratabox.storage.model.states import LayerState, Level, SandboxState
@@ -96,9 +96,20 @@ class Reverts:
             record = await self.switch_disks(guest, operation)
             hit("revert.disks-switched")
             if boots:
-                record = await guest.boot(record, lambda tx: operations.end(tx, operation.id))
+                record = await self.boot(guest, record, operation)
         await world.sweep()
         return Reverted(sandbox=record, safety_snapshot=safety)
+
+    async def boot(self, guest: Guest, record: Sandbox, operation: Operation) -> Sandbox:
+        """Boot what the disks were switched to; when that fails, it stays stopped and is over."""
+        try:
+            return await guest.boot(record, lambda tx: operations.end(tx, operation.id))
+        except StrataboxError as error:
+            await self._world.write(lambda tx: operations.end(tx, operation.id))
+            await self._world.change_sandbox(
+                guest.id, state_reason=f"{record.state_reason}, but not started: {error.message}"
+            )
+            raise
 
     async def switch_disks(self, guest: Guest, operation: Operation) -> Sandbox:
         """Write that the sandbox stands on the snapshot now. Also finishes a killed revert."""
@@ -199,8 +210,7 @@ class Reverts:
                     state_reason="a revert failed; its disks are as they were",
                     ready=False,
                 )
-                record = await guest.record()
-                await guest.boot(record, lambda tx: operations.end(tx, operation.id))
+                await self.boot(guest, await guest.record(), operation)
             else:
                 await self._world.write(lambda tx: operations.end(tx, operation.id))
 

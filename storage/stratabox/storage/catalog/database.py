@@ -111,7 +111,8 @@ class Catalog:
             (verdict,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise CorruptError(
-                f"the catalog {self._path} is damaged ({verdict})", reason="CATALOG_CORRUPT"
+                f"the catalog {self._path} is damaged ({verdict.splitlines()[-1]})",
+                reason="CATALOG_CORRUPT",
             )
         with self.transaction() as tx:
             row = tx.row("SELECT id FROM store")
