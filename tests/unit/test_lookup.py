@@ -213,7 +213,7 @@ TIME = "2024-01-01T00:00:00.000000+00:00"
     "token",
     [
         "x", "====", "nonsense", "é", "\udcff", "\0", " ", "A" * 100_000,
-        _encoded(""), _encoded("one"), _encoded(f"{TIME} "), _encoded(f"{TIME} {ONE}x"),
+        _encoded(" "), _encoded("one"), _encoded(f"{TIME} "), _encoded(f"{TIME} {ONE}x"),
         _encoded(f"yesterday {ONE}"), _encoded(f" {ONE}"), _encoded(f"{TIME}{ONE}"),
         _encoded(f"{TIME} {ONE}") + "!", "!" + _encoded(f"{TIME} {ONE}"),
         base64.urlsafe_b64encode(b"\xff\xfe").decode(),
@@ -293,6 +293,13 @@ def test_metadata_fits_as_in_python(
         listed, _ = snapshots.list_page(tx, snapshots.Filter(metadata=wanted))
     fits = wanted.items() <= kept.items()
     assert [record.id for record in listed] == ([snapshot.id] if fits else []), json_of(kept)
+
+
+def test_metadata_with_odd_characters_is_found(catalog: Catalog, put: Put) -> None:
+    odd = {"a\0b": "c\0d", 'quo"te': "back\\slash", "\n": "\u2028", "": "\x1f", "\U0001f600": "~"}
+    one = put(metadata=odd)
+    for key, value in odd.items():
+        assert found(catalog, Filter(metadata={key: value})) == {one}, (key, value)
 
 
 def test_snapshots_of_one_source(catalog: Catalog, maker: Maker) -> None:

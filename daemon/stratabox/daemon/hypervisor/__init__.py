@@ -12,10 +12,11 @@ What belongs where:
 | `process`, `sockets` | processes found again and watched; Unix sockets in deep folders |
 | `qemu` | launcher: QEMU as a child process |
 | `libvirt`, `domain_xml` | launcher: QEMU as a libvirt domain; pure: spec → XML |
-| `monitor`, `events` | one QMP connection that comes back; what QEMU tells by itself |
+| `qmp` | one QMP connection; the only importer of qemu.qmp |
+| `monitor`, `events` | a connection that comes back; what QEMU tells by itself |
 | `block`, `domain` | overlays and the block graph; control of one running domain |
-| `agent`, `exec` | the guest's agent, and commands run through it |
+| `agent_channel`, `agent` | the wire to the guest's agent; what it is asked |
+| `exec` | commands in the guest, run through the agent |
 
-Nothing here imports gRPC, the catalog, lifecycle or api. Only `monitor` and `block` import qemu.qmp,
-and only `libvirt` imports libvirt.
+Nothing here imports gRPC, the catalog, lifecycle or api; only `libvirt` imports libvirt.
 """

@@ -1,10 +1,11 @@
 """The wire to a guest's agent: JSON lines over one serial channel, from a guest that may lie.
 
-The channel has no ids. What tells the reply to a question from a late one to an earlier question is
-``guest-sync-delimited``: 0xFF makes the agent drop half a command, and its reply, after another 0xFF,
-carries a number that was never used before. That is done whenever the last exchange did not end
-well. Everything is bounded: a reply's size by the caller, its time, its nesting by Python; and the
-daemon reads only while it waits for a reply, so a guest that floods its port fills its own queue.
+The channel has no ids. What tells a reply from a late one to an earlier question is
+``guest-sync-delimited``: 0xFF makes the agent drop half a command, and its reply, after another
+0xFF, carries a number that was never used before. That is done whenever the last exchange did not
+end well. Everything is bounded: a reply's size and time by the caller, its nesting by Python; and
+the daemon reads only while it waits for a reply, so a guest that floods its port fills only its
+own queue.
 """
 
 from __future__ import annotations

@@ -84,8 +84,9 @@ def build(spec: DomainSpec, name: str, files: Files) -> list[str]:
         *("-blockdev", _json(bios_node(files.bios()))),
         *_boot(spec, files),
     ]
+    known: set[str] = set()
     for disk in spec.disks:
-        arguments += disk_arguments(disk, files)
+        arguments += disk_arguments(disk, files, known)
     arguments += _devices(spec)
     arguments += control_arguments(files)
     arguments += [
@@ -147,8 +148,11 @@ def layer_node(
     }
 
 
-def disk_arguments(disk: DomainDisk, files: Files) -> list[str]:
-    """A disk's whole chain from the image up, spelled out, and its device."""
+def disk_arguments(disk: DomainDisk, files: Files, known: set[str]) -> list[str]:
+    """A disk's whole chain from the image up, spelled out, and its device.
+
+    :param known: nodes that other disks' chains brought along; those of this one are added.
+    """
     if not 0 <= disk.index < MAX_DISKS:
         raise InvalidArgumentError(f"A sandbox has at most {MAX_DISKS} disks.")
     if len(disk.serial.encode()) > _SERIAL_MAX:
@@ -157,11 +161,13 @@ def disk_arguments(disk: DomainDisk, files: Files) -> list[str]:
     backing: str | None = None
     active = disk.chain[0]
     for layer in reversed(disk.chain):
-        filename = files.layer(layer, active=layer is active)
-        node = layer_node(layer, filename, read_only=layer is not active, backing=backing)
-        arguments += ["-blockdev", _json(node)]
+        if layer.node not in known:
+            known.add(layer.node)
+            filename = files.layer(layer, active=layer is active)
+            node = layer_node(layer, filename, read_only=layer is not active, backing=backing)
+            arguments += ["-blockdev", _json(node)]
         backing = layer.node
-    device = {
+    device: dict[str, object] = {
         "driver": "virtio-blk-pci",
         "id": disk.device,
         "drive": active.node,

@@ -129,7 +129,8 @@ async def execute(
     :param timeout: seconds after which the command is ended; a result with `timed_out`.
     :raise InvalidArgumentError: for no command at all, NUL bytes, text that is no Unicode, bad
         names of variables, or more arguments than Linux takes.
-    :raise UnavailableError: AGENT_UNAVAILABLE, when the agent stops answering; the command may run on.
+    :raise UnavailableError: AGENT_UNAVAILABLE, when the agent stops answering; the command may
+        run on.
     :raise FailedError: AGENT_FAILED, when the agent refuses, as where it is told not to exec.
     """
     _check(argv, env or {}, cwd)

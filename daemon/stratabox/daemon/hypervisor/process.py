@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -77,7 +78,7 @@ def find_all(store_id: str) -> list[Found]:
 def _sandbox_in(arguments: list[bytes], store_id: str) -> SandboxId | None:
     # Only the argument after -name counts, of a program that is QEMU or its wrapper: a shell in
     # whose command line our name happens to appear is none of ours.
-    for option, value in zip(arguments, arguments[1:], strict=False):
+    for option, value in itertools.pairwise(arguments):
         match = _NAME.match(value) if option == b"-name" else None
         if match and match[1] == store_id.encode() and is_id(text := match[2].decode()):
             return SandboxId(text)
@@ -113,10 +114,10 @@ async def wait_gone(pidfd: int) -> None:
     """Wait until the process of a pidfd has ended. It may still be a zombie."""
     loop = asyncio.get_running_loop()
     watched = os.dup(pidfd)  # add_reader knows one callback a descriptor, and callers may share
-    gone = loop.create_future()
-    loop.add_reader(watched, lambda: gone.done() or gone.set_result(None))
+    gone = asyncio.Event()
+    loop.add_reader(watched, gone.set)
     try:
-        await gone
+        await gone.wait()
     finally:
         loop.remove_reader(watched)
         os.close(watched)

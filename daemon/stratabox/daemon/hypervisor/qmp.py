@@ -94,7 +94,13 @@ class Connection:
 
     async def close(self) -> None:
         """Hang up; QEMU goes on running. Commands without a reply end in ReplyLostError."""
-        await _hang_up(self._client, self._sock)
+        # Never half-way: qemu.qmp would leave its tasks behind. It takes no time to speak of.
+        ending = asyncio.ensure_future(_hang_up(self._client, self._sock))
+        try:
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            await asyncio.wait((ending,))
+            raise
 
 
 async def connect(

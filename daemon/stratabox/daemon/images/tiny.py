@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import stat
 import subprocess
 import tarfile
 from pathlib import Path
@@ -92,9 +91,15 @@ def _extract(archive: Path, target: Path) -> None:
             name = entry.name.removeprefix("./")
             if name.split("/")[0] in ("bin", "sbin", "lib", "lib64"):
                 name = f"usr/{name}"
-            entry.name, entry.mode = name, entry.mode | stat.S_IRUSR | stat.S_IWUSR
-            if entry.isfile() or entry.issym():
-                tar.extract(entry, target, filter="tar")
+            path = target / name
+            # By hand: Debian 12's Python has no filters for tar.extract yet.
+            if entry.issym():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.symlink_to(entry.linkname)
+            elif entry.isfile() and (file := tar.extractfile(entry)):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(file.read())
+                path.chmod(0o755)
 
 
 def _libraries(taken: Path) -> dict[str, Path]:

@@ -1,0 +1,1 @@
+"""What the integration tests stand on: real daemons with real guests."""

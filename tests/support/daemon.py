@@ -1,0 +1,158 @@
+"""A real daemon as a process of its own, on a folder of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from stratabox.client import Client
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stratabox"
+"""Built images are kept here between runs, and built again when they are absent."""
+
+_START_SECONDS = 60
+_NAME = re.compile(rb"guest=stratabox-([0-9a-f-]{36})-([0-9a-f-]{36})")
+
+
+class DaemonProcess:
+    """One state folder, and the daemon that runs on it, if one does.
+
+    `start`, `stop` and `kill` as often as a test likes: guests outlive all of them.
+    """
+
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.folder = folder
+        self.state = folder / "state"
+        self.log = folder / "daemon.log"
+        self.address = f"unix://{folder}/api.sock"
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if "STRATABOX" not in key},
+            "STRATABOX_STATE_DIR": str(self.state),
+            "STRATABOX_ADDRESS": self.address,
+            "STRATABOX_BUILD_CACHE": str(CACHE),
+            "STRATABOX_CONFIG": str(folder / "config.toml"),
+            **(environment or {}),
+        }
+        (folder / "config.toml").touch()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *, failpoints: str = "", environment: Mapping[str, str] | None = None) -> Client:
+        """Start the daemon and return a client for it once it serves."""
+        assert self._process is None
+        extra = {"STRATABOX_FAILPOINTS": failpoints, **(environment or {})}
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "stratabox.daemon"],
+                env=self.environment | extra,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            if self._process.poll() is not None:
+                self._process = None
+                raise AssertionError(f"the daemon ended:\n{self.log.read_text()}")
+            client = Client(self.address)
+            # The socket of a daemon that was killed lies there too: only an answer counts.
+            with contextlib.suppress(Exception):
+                if client.host().pid == self._process.pid:
+                    return client
+            client.close()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+
+    @property
+    def pid(self) -> int:
+        """The daemon's process id."""
+        assert self._process is not None
+        return self._process.pid
+
+    def stop(self) -> None:
+        """End the daemon in good order."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+            assert self._process.wait(60) == 0, self.log.read_text()
+            self._process = None
+
+    def kill(self) -> None:
+        """End the daemon as a crash would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(60)
+            self._process = None
+
+    def wait_killed(self, seconds: float = 60) -> None:
+        """Wait until the daemon has killed itself at a failpoint."""
+        assert self._process is not None
+        assert self._process.wait(seconds) == -signal.SIGKILL
+        self._process = None
+
+    def wipe(self) -> None:
+        """End the daemon and every guest of its store, whatever state they are in."""
+        self.kill()
+        for pid in self.guests().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def store_id(self) -> str:
+        """The store's id, as its domains' names carry it."""
+        with contextlib.closing(sqlite3.connect(self.state / "catalog.db")) as catalog:
+            return str(catalog.execute("SELECT id FROM store").fetchone()[0])
+
+    def guests(self) -> dict[str, int]:
+        """Sandbox id → pid of every QEMU of this store that runs, seen from outside."""
+        if not (self.state / "catalog.db").exists():
+            return {}
+        store = self.store_id().encode()
+        found = {}
+        for process in Path("/proc").iterdir():
+            if process.name.isdigit():
+                try:
+                    match = _NAME.search((process / "cmdline").read_bytes())
+                except OSError:
+                    continue
+                if match and match[1] == store:
+                    found[match[2].decode()] = int(process.name)
+        return found
+
+    def layers(self) -> set[str]:
+        """Names of the files that lie in the layers' folder."""
+        return {path.name for path in (self.state / "layers").iterdir()}
+
+    def rows(self, sql: str) -> list[tuple[object, ...]]:
+        """Look into the catalog, from outside."""
+        with contextlib.closing(sqlite3.connect(self.state / "catalog.db")) as catalog:
+            return catalog.execute(sql).fetchall()
+
+    def check_consistent(self) -> None:
+        """Nothing is half-made: every file has a row, every row its file, nothing is under way."""
+        rows = {f"{row[0]}.qcow2" for row in self.rows("SELECT id FROM layers")}
+        assert self.layers() == rows
+        assert self.rows("SELECT kind FROM operations") == []
+        assert self.rows("SELECT id FROM sandboxes WHERE state IN ('creating','terminating')") == []
+        assert self.rows("SELECT id FROM snapshots WHERE state IN ('creating','deleting')") == []
+        assert list((self.state / "work").iterdir()) == []
+        living = {
+            str(row[0])
+            for row in self.rows("SELECT id FROM sandboxes WHERE state IN ('running','paused')")
+        }
+        assert set(self.guests()) == living
+
+
+@contextlib.contextmanager
+def daemon(folder: Path, environment: Mapping[str, str] | None = None) -> Iterator[DaemonProcess]:
+    """A state folder whose daemon and guests are gone when the context ends."""
+    process = DaemonProcess(folder, environment)
+    try:
+        yield process
+    finally:
+        process.wipe()
