@@ -2,127 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.records import Maker
 
 from stratabox.storage import failpoints
-from stratabox.storage.catalog import layers
-from stratabox.storage.catalog.database import Catalog, Transaction
+from stratabox.storage.catalog.database import Catalog
 from stratabox.storage.files.layout import Layout
 from stratabox.storage.files.store import Store
-from stratabox.storage.model.ids import ImageId, LayerId, SandboxId, Sha256, SnapshotId, mint
-from stratabox.storage.model.records import (
-    GIB,
-    Disk,
-    Image,
-    Layer,
-    Machine,
-    Sandbox,
-    Snapshot,
-    SnapshotDisk,
-)
-from stratabox.storage.model.states import ImageState, LayerState, SandboxState, SnapshotState
-
-EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
-
-
-@dataclass
-class Maker:
-    """Makes records that differ in their ids and, by one second each, in their age."""
-
-    bios: Sha256 = Sha256("b" * 64)
-    _made: int = field(default=0)
-
-    def when(self) -> datetime:
-        self._made += 1
-        return EPOCH + timedelta(seconds=self._made)
-
-    def machine(self, **fields: Any) -> Machine:
-        given: dict[str, Any] = {
-            "machine_type": "pc-q35-7.2",
-            "accelerator": "tcg",
-            "cpu_model": "max",
-            "qemu_version": "7.2.0",
-            "firmware": {"bios-256k.bin": self.bios},
-            "mac": "52:54:00:00:00:01",
-        }
-        return Machine(**given | fields)
-
-    def layer(self, parent: LayerId | None = None, **fields: Any) -> Layer:
-        given: dict[str, Any] = {
-            "id": LayerId(mint()),
-            "parent": parent,
-            "state": LayerState.ACTIVE,
-            "size": GIB,
-            "created_at": self.when(),
-        }
-        return Layer(**given | fields)
-
-    def image(self, **fields: Any) -> Image:
-        given: dict[str, Any] = {
-            "id": ImageId(mint()),
-            "name": f"image-{mint()}",
-            "state": ImageState.CREATING,
-            "origin": "tiny",
-            "created_at": self.when(),
-        }
-        return Image(**given | fields)
-
-    def sandbox(self, *layers_: LayerId, **fields: Any) -> Sandbox:
-        given: dict[str, Any] = {
-            "id": SandboxId(mint()),
-            "name": "box",
-            "state": SandboxState.CREATING,
-            "image": ImageId(mint()),
-            "image_name": "tiny",
-            "cpus": 1,
-            "memory": 128,
-            "storage": 1,
-            "machine": self.machine(),
-            "created_at": self.when(),
-            "updated_at": EPOCH,
-            "disks": tuple(
-                Disk(index=index, layer=layer, size=GIB, serial=f"disk{index}")
-                for index, layer in enumerate(layers_)
-            ),
-        }
-        return Sandbox(**given | fields)
-
-    def snapshot(self, *layers_: LayerId, **fields: Any) -> Snapshot:
-        given: dict[str, Any] = {
-            "id": SnapshotId(mint()),
-            "name": "point",
-            "state": SnapshotState.READY,
-            "requested_level": None,
-            "source_sandbox": SandboxId(mint()),
-            "source_sandbox_name": "box",
-            "image": ImageId(mint()),
-            "image_name": "tiny",
-            "cpus": 1,
-            "memory": 128,
-            "storage": 1,
-            "machine": self.machine(),
-            "created_at": self.when(),
-            "disks": tuple(
-                SnapshotDisk(index=index, layer=layer, size=GIB, serial=f"disk{index}")
-                for index, layer in enumerate(layers_)
-            ),
-        }
-        return Snapshot(**given | fields)
-
-    def chain(self, tx: Transaction, length: int) -> list[LayerId]:
-        """Rows of a chain, from the image's layer up."""
-        made: list[LayerId] = []
-        for _ in range(length):
-            layer = self.layer(made[-1] if made else None)
-            layers.insert(tx, layer)
-            made.append(layer.id)
-        return made
 
 
 @pytest.fixture
@@ -147,3 +38,22 @@ def arm() -> Iterator[Callable[[str], None]]:
     """Set failpoints; none is left when the test has ended."""
     yield failpoints.arm
     failpoints.arm("")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Mount an empty file system with that many KiB; skips where that is not allowed."""
+    mounted: list[Path] = []
+
+    def mount(kib: int) -> Path:
+        folder = tmp_path / f"small-{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
+        if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("cannot mount a small file system here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)

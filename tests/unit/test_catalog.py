@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import stat
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from support.records import Maker
 
 from stratabox.storage.catalog import idempotency, images, layers, sandboxes, snapshots
 from stratabox.storage.catalog.database import Catalog, Transaction
@@ -24,9 +22,6 @@ from stratabox.storage.model.errors import (
 )
 from stratabox.storage.model.ids import LayerId, is_id, mint
 from stratabox.storage.model.records import Layer
-
-if TYPE_CHECKING:
-    from tests.unit.conftest import Maker
 
 PAGE = 4096
 
@@ -188,9 +183,8 @@ def test_a_folder_in_its_place_is_refused(path: Path) -> None:
 def test_a_refused_file_is_not_held_open(path: Path) -> None:
     path.write_bytes(b"junk" * 1000)
     refused(path)
-    held = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")
-            if Path(f"/proc/self/fd/{name}").is_symlink()]  # fmt: skip
-    assert str(path) not in held
+    held = [entry.readlink() for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    assert path not in held
 
 
 # -- transactions -----------------------------------------------------------------------------
@@ -205,9 +199,13 @@ def keys(catalog: Catalog) -> list[str]:
 def test_a_transaction_that_raises_leaves_nothing(
     catalog: Catalog, kind: type[BaseException]
 ) -> None:
-    with pytest.raises(kind), catalog.transaction() as tx:
-        idempotency.remember(tx, "gone", "m", "r", {})
-        raise kind("no")
+    def fail() -> None:
+        with catalog.transaction() as tx:
+            idempotency.remember(tx, "gone", "m", "r", {})
+            raise kind("no")
+
+    with pytest.raises(kind):
+        fail()
     assert keys(catalog) == []
     with catalog.transaction() as tx:
         idempotency.remember(tx, "kept", "m", "r", {})
@@ -217,9 +215,14 @@ def test_a_transaction_that_raises_leaves_nothing(
 def test_a_failed_statement_undoes_the_ones_before_it(catalog: Catalog) -> None:
     with catalog.transaction() as tx:
         idempotency.remember(tx, "twice", "m", "r", {})
-    with pytest.raises(sqlite3.IntegrityError), catalog.transaction() as tx:
-        idempotency.remember(tx, "before", "m", "r", {})
-        idempotency.remember(tx, "twice", "m", "r", {})
+
+    def fail() -> None:
+        with catalog.transaction() as tx:
+            idempotency.remember(tx, "before", "m", "r", {})
+            idempotency.remember(tx, "twice", "m", "r", {})
+
+    with pytest.raises(sqlite3.IntegrityError):
+        fail()
     assert keys(catalog) == ["twice"]
 
 
@@ -237,9 +240,14 @@ def test_the_generation_grows_and_a_rollback_gives_it_back(catalog: Catalog) -> 
     with catalog.transaction() as tx:
         first = tx.next_generation()
         assert tx.next_generation() == first + 1
-    with pytest.raises(ValueError, match="no"), catalog.transaction() as tx:
-        assert tx.next_generation() == first + 2
-        raise ValueError("no")
+
+    def fail() -> None:
+        with catalog.transaction() as tx:
+            assert tx.next_generation() == first + 2
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
     with catalog.transaction() as tx:
         assert tx.next_generation() == first + 2
 
@@ -349,21 +357,11 @@ def test_sealing_tells_when(catalog: Catalog, maker: Maker) -> None:
 # -- a full disk ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["8k", "48k", "400k"])
-def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("cannot mount a small file system here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_is_named_and_loses_nothing(small_disk: Path) -> None:
-    path = small_disk / "catalog.db"
+@pytest.mark.parametrize("kib", [8, 48, 400])
+def test_a_full_disk_is_named_and_loses_nothing(
+    small_disk: Callable[[int], Path], kib: int
+) -> None:
+    path = small_disk(kib) / "catalog.db"
     written = 0
 
     def fill() -> None:

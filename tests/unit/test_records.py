@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
 from itertools import product
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.records import Maker
 
 from stratabox.storage.catalog import images, layers, machines, operations, sandboxes, snapshots
 from stratabox.storage.catalog.database import Catalog, Transaction, text_of
@@ -49,9 +50,6 @@ from stratabox.storage.model.states import (
     SnapshotState,
 )
 
-if TYPE_CHECKING:
-    from tests.unit.conftest import Maker
-
 T = TypeVar("T")
 
 # The catalog is one for all examples of a test: each is rolled back.
@@ -67,7 +65,7 @@ class _RollBackError(Exception):
 @contextmanager
 def scratch(catalog: Catalog) -> Iterator[Transaction]:
     """A transaction that leaves nothing."""
-    with pytest.raises(_RollBackError), catalog.transaction() as tx:
+    with suppress(_RollBackError), catalog.transaction() as tx:
         yield tx
         raise _RollBackError
 
@@ -95,9 +93,7 @@ machines_ = st.builds(
     kernel_boot=st.none() | boots,
 )
 disks = st.lists(
-    st.builds(
-        Disk, index=st.integers(0, 8), layer=ids.map(LayerId), size=whole, serial=texts
-    ),
+    st.builds(Disk, index=st.integers(0, 8), layer=ids.map(LayerId), size=whole, serial=texts),
     max_size=4,
     unique_by=(lambda disk: disk.index, lambda disk: disk.layer),
 ).map(lambda found: tuple(sorted(found, key=lambda disk: disk.index)))
@@ -446,7 +442,8 @@ def test_the_lowest_free_uid_is_given(catalog: Catalog, maker: Maker) -> None:
     with catalog.transaction() as tx:
         boxes = []
         for expected in (100, 101, 102):
-            assert (uid := sandboxes.free_uid(tx, 100, 3)) == expected
+            uid = sandboxes.free_uid(tx, 100, 3)
+            assert uid == expected
             boxes.append(sandboxes.insert(tx, maker.sandbox(uid=uid)))
         assert sandboxes.free_uid(tx, 100, 3) is None
         assert sandboxes.free_uid(tx, 103, 3) == 103

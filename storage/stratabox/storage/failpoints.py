@@ -10,6 +10,8 @@ In production this is one dictionary look-up in an empty dictionary. A test sets
     raise OSError(EIO), as a failing disk would.
 ``nospace``
     raise OSError(ENOSPC), as a full disk would.
+``error:N``, ``nospace:N``
+    the first N times only: what is tried again then goes well.
 ``sleep:SECONDS``
     wait (in a thread or before the event loop goes on), to widen a race.
 
@@ -31,7 +33,8 @@ NAMES: tuple[str, ...] = ()
 """Every failpoint; filled in below, grouped by operation."""
 
 _armed: dict[str, str] = {}
-_SLEEP = re.compile(r"sleep:[0-9]+(\.[0-9]+)?")
+_ACTION = re.compile(r"kill|(error|nospace)(:[1-9][0-9]*)?|sleep:[0-9]+(\.[0-9]+)?")
+_ERRORS = {"error": errno.EIO, "nospace": errno.ENOSPC}
 
 
 def arm(text: str) -> None:
@@ -45,7 +48,7 @@ def arm(text: str) -> None:
         name, _, action = part.partition("=")
         if name not in NAMES:
             raise ValueError(f"{ENVIRONMENT}: there is no failpoint {name!r}")
-        if action not in ("kill", "error", "nospace") and not _SLEEP.fullmatch(action):
+        if not _ACTION.fullmatch(action):
             raise ValueError(f"{ENVIRONMENT}: no such action {action!r}")
         actions[name] = action
     _armed.clear()
@@ -57,17 +60,19 @@ def hit(name: str) -> None:
 
     :raise OSError: when `error` or `nospace` is armed here.
     """
-    action = _armed.get(name)
-    if action is None:
+    action, _, argument = _armed.get(name, "").partition(":")
+    if not action:
         return
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif action == "error":
-        raise OSError(errno.EIO, f"failpoint {name}")
-    elif action == "nospace":
-        raise OSError(errno.ENOSPC, f"failpoint {name}")
+    elif action == "sleep":
+        time.sleep(float(argument))
     else:
-        time.sleep(float(action.removeprefix("sleep:")))
+        if argument == "1":
+            del _armed[name]
+        elif argument:
+            _armed[name] = f"{action}:{int(argument) - 1}"
+        raise OSError(_ERRORS[action], f"failpoint {name}")
 
 
 NAMES += (

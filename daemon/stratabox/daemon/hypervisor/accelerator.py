@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from stratabox.daemon.hypervisor.process import end_child
 from stratabox.storage.model.errors import DeniedError, InvalidArgumentError
 
 PROBE_SECONDS = 5.0
@@ -90,8 +91,7 @@ async def run_probe(seconds: float = PROBE_SECONDS) -> str | None:
     except TimeoutError:
         return f"a test guest on /dev/kvm did not end within {seconds:g} s"
     finally:
-        if process.returncode is None:
-            process.kill()
+        await end_child(process)
     if process.returncode == 0:
         return None
     return output.decode(errors="replace").strip() or "a test guest on /dev/kvm crashed"

@@ -27,6 +27,23 @@ MAX_DISKS = 16
 SERIAL_BYTES = 65536
 """The serial console's ring buffer: older output is forgotten."""
 
+MACHINE_PROPERTIES = ",".join(
+    [
+        "memory-backend=ram",
+        "pflash0=fw",  # as flash the BIOS is the same after a restore of memory; as ROM not
+        "suppress-vmdesc=on",
+        "dump-guest-core=off",
+        "mem-merge=off",  # pages merged across sandboxes can be told by timing
+        # What q35 brings along and our guests do not need:
+        "graphics=off",
+        "usb=off",
+        "sata=off",
+        "vmport=off",
+        "smm=off",
+    ]
+)
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
 _FIRST_DISK_SLOT = 8
 _SERIAL_MAX = 20
 
@@ -63,7 +80,7 @@ def build(spec: DomainSpec, name: str, files: Files) -> list[str]:
     :raise InvalidArgumentError: for more than `MAX_DISKS` disks or a serial above 20 bytes.
     """
     machine = spec.machine
-    arguments = [
+    return [
         *("-name", f"guest={name}"),
         *("-uuid", str(spec.sandbox)),
         "-S",
@@ -71,48 +88,33 @@ def build(spec: DomainSpec, name: str, files: Files) -> list[str]:
         "-no-user-config",
         *("-display", "none"),
         *("-msg", "timestamp=on"),
-        *("-machine", machine_option(machine.machine_type)),
+        *("-machine", f"{machine.machine_type},{MACHINE_PROPERTIES}"),
         *("-accel", machine.accelerator),
         *("-cpu", machine.cpu_model),
         *("-smp", f"cpus={spec.cpus},sockets=1,cores={spec.cpus},threads=1"),
         *("-m", f"size={spec.memory}M"),
-        *("-object", _json({"qom-type": "memory-backend-ram", "id": "ram", "size": _ram(spec)})),
         *("-rtc", "base=utc"),
+        *_boot(spec, files),
+        *hardware(spec, files),
+        *("-sandbox", SANDBOX),
+        *files.extra(),
+    ]
+
+
+def hardware(spec: DomainSpec, files: Files) -> list[str]:
+    """What every launcher passes in the same words: RAM, firmware, disks, devices, control."""
+    ram = {"qom-type": "memory-backend-ram", "id": "ram", "size": spec.memory << 20}
+    arguments = [
+        *("-object", _json(ram)),
         # A panicked guest stays for a look at its console. Everything else is QEMU's default.
         *("-action", "panic=pause"),
         *("-L", files.firmware_dir()),
         *("-blockdev", _json(bios_node(files.bios()))),
-        *_boot(spec, files),
     ]
     known: set[str] = set()
     for disk in spec.disks:
         arguments += disk_arguments(disk, files, known)
-    arguments += _devices(spec)
-    arguments += control_arguments(files)
-    arguments += [
-        "-sandbox",
-        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-    ]
-    return [*arguments, *files.extra()]
-
-
-def machine_option(machine_type: str) -> str:
-    """The -machine option: what q35 brings along and our guests do not need is left out."""
-    return ",".join(
-        [
-            machine_type,
-            "memory-backend=ram",
-            "pflash0=fw",  # as flash the BIOS is the same after a restore of memory; as ROM not
-            "suppress-vmdesc=on",
-            "dump-guest-core=off",
-            "mem-merge=off",  # pages merged across sandboxes can be told by timing
-            "graphics=off",
-            "usb=off",
-            "sata=off",
-            "vmport=off",
-            "smm=off",
-        ]
-    )
+    return [*arguments, *_devices(spec), *control_arguments(files)]
 
 
 def bios_node(filename: str) -> dict[str, object]:
@@ -250,10 +252,6 @@ def _pci(driver: str, name: str, slot: int, **properties: object) -> str:
             **properties,
         }
     )
-
-
-def _ram(spec: DomainSpec) -> int:
-    return spec.memory << 20
 
 
 def _json(value: dict[str, object]) -> str:

@@ -126,6 +126,7 @@ async def execute(
     started are killed in the guest before the cancellation goes on (for at most 30 s).
 
     :param env: on top of `DEFAULT_ENVIRONMENT`.
+    :param cwd: a relative one begins at "/".
     :param timeout: seconds after which the command is ended; a result with `timed_out`.
     :raise InvalidArgumentError: for no command at all, NUL bytes, text that is no Unicode, bad
         names of variables, or more arguments than Linux takes.
@@ -138,7 +139,8 @@ async def execute(
     environment = {**DEFAULT_ENVIRONMENT, **(env or {})}
     request = {
         "path": "/bin/sh",
-        "arg": ["-c", _RUN, "sh", cwd, *argv],
+        # Absolute: cd understands "-", and what CDPATH says, in ways of its own.
+        "arg": ["-c", _RUN, "sh", cwd if cwd.startswith("/") else f"/{cwd}", *argv],
         "env": [*(f"{name}={value}" for name, value in environment.items()), marker],
         "capture-output": True,
     }

@@ -62,7 +62,9 @@ class DomainSpec:
     vmgenid: str
     disks: Sequence[DomainDisk]
     firmware_dir: Path
-    """Folder with the machine's firmware under the names that QEMU asks for."""
+    """Folder with the machine's firmware under the names that QEMU asks for. The folder must be
+    0555 or more and kernel and initrd 0444 or more, whatever the folders above: QEMU opens them by
+    their descriptors, as its own user. Layers may be as private as you like."""
     kernel: Path | None
     initrd: Path | None
     folder: Path

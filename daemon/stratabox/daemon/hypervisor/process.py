@@ -165,6 +165,15 @@ async def kill(pid: int, started: int, seconds: float = 60.0) -> None:
     reap(pid, started)
 
 
+async def end_child(child: asyncio.subprocess.Process, seconds: float = 2.0) -> None:
+    """Kill a short-lived helper that still runs, and reap it if the kernel lets go of it soon."""
+    if child.returncode is None:
+        child.kill()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await child.communicate()
+
+
 def describe(status: int | None) -> str:
     """An exit status as the end of a sentence that begins with "QEMU"."""
     if status is None:

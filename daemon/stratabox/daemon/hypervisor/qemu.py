@@ -142,7 +142,7 @@ class QemuLauncher:
             if pidfd is None:
                 raise _early_end(handle, log_start)
             gone = asyncio.ensure_future(process.wait_gone(pidfd))
-            greeting = asyncio.ensure_future(_greet_both(handle.folder))
+            greeting = asyncio.ensure_future(qmp.greet_all(handle.folder, START_SECONDS))
             try:
                 await asyncio.wait((gone, greeting), return_when=asyncio.FIRST_COMPLETED)
                 if gone.done():
@@ -160,12 +160,6 @@ class QemuLauncher:
                 gone.cancel()
                 greeting.cancel()
                 await asyncio.wait((gone, greeting))
-
-
-async def _greet_both(folder: Path) -> None:
-    for name in (sockets.RESCUE, sockets.MONITOR):
-        connection = await qmp.connect(folder, name, lambda _: None, START_SECONDS)
-        await connection.close()
 
 
 async def _ends_now(gone: asyncio.Future[None]) -> bool:

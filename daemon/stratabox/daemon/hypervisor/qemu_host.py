@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stratabox.daemon.hypervisor.accelerator import Accelerator
+from stratabox.daemon.hypervisor.process import end_child
 from stratabox.storage.model.errors import DeniedError, FailedError
 from stratabox.storage.model.ids import Sha256
 from stratabox.storage.model.records import KernelBoot, Machine
@@ -126,8 +127,7 @@ async def _ask(path: Path, *arguments: str) -> str:
             reason="QEMU_FAILED",
         ) from None
     finally:
-        if process.returncode is None:
-            process.kill()
+        await end_child(process)
     text = output.decode(errors="replace")
     if process.returncode != 0:
         raise FailedError(f"{path} does not run: {text.strip()[-300:]}", reason="QEMU_FAILED")

@@ -116,9 +116,8 @@ async def connect(
         while it serves another client on this socket.
     """
     client = QMPClient(readbuflen=_REPLY_BYTES)
-    client.events.names.add(
-        ""
-    )  # qemu.qmp's own listener keeps every event for ever: let it hear none
+    # qemu.qmp's own listener keeps every event for ever: let it hear none.
+    client.events.names.add("")
     client.register_listener(_Teller(on_message))
     sock = sockets.connect(folder, name)
     try:
@@ -131,6 +130,16 @@ async def connect(
         await _hang_up(client, sock)
         raise
     return Connection(client, sock, name)
+
+
+async def greet_all(folder: Path, seconds: float) -> None:
+    """Wait until both monitors of a domain that starts have greeted.
+
+    :raise OSError: as `connect`.
+    """
+    for name in (sockets.RESCUE, sockets.MONITOR):
+        connection = await connect(folder, name, lambda _: None, seconds)
+        await connection.close()
 
 
 class _Teller(EventListener):

@@ -133,7 +133,7 @@ async def bootstrap(
                 f"--mode={'root' if root else 'unshare'}",
                 f"--variant={recipe.variant}",
                 "--format=null",
-                "--skip=cleanup",  # what is left is thrown away
+                "--skip=cleanup",  # all that is left is thrown away
                 "--architectures=amd64",
                 f"--keyring={KEYRING}",
                 *(f"--include={package}" for package in recipe.include),

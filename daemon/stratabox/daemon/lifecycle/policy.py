@@ -103,8 +103,13 @@ def check_env(env: Mapping[str, str]) -> None:
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
-    """:raise InvalidArgumentError: when it is too large."""
+    """:raise InvalidArgumentError: when it is too large, or holds a NUL character."""
     _check_map("metadata", metadata, entries=64, size=16 * 1024)
+    for key, value in metadata.items():
+        if "\0" in key or "\0" in value:  # SQLite's JSON functions would not find it again
+            raise InvalidArgumentError(
+                f"metadata {key[:40]!r} holds a NUL character", field="metadata"
+            )
 
 
 def check_tags(tags: Sequence[str]) -> tuple[str, ...]:

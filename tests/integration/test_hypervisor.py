@@ -1,0 +1,404 @@
+"""The hypervisor package by itself, on the tiny guest: what no test of the daemon can look at."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stratabox.daemon.hypervisor import accelerator, qemu_host
+from stratabox.daemon.hypervisor.agent import GuestAgent
+from stratabox.daemon.hypervisor.domain import Domain
+from stratabox.daemon.hypervisor.events import AgentPort, Event
+from stratabox.daemon.hypervisor.exec import execute
+from stratabox.daemon.hypervisor.libvirt import LibvirtLauncher
+from stratabox.daemon.hypervisor.machine import ChainLayer, DomainDisk, DomainSpec, Launcher
+from stratabox.daemon.hypervisor.qemu import QemuLauncher
+from stratabox.daemon.hypervisor.qemu_host import QemuHost
+from stratabox.daemon.hypervisor.qmp import ReplyLostError
+from stratabox.daemon.images import recipes
+from stratabox.daemon.images.artifact import BuiltImage, no_progress
+from stratabox.storage.model.errors import CorruptError, FailedError, UnavailableError
+from stratabox.storage.model.ids import LayerId, SandboxId, Sha256, mint
+from stratabox.storage.model.records import KernelBoot
+from support.daemon import CACHE
+
+QEMU_UID = 60123 if os.getuid() == 0 else None
+NOTHING = Sha256("0" * 64)
+
+
+class Bench:
+    """A private folder with an image, and specs of guests on it."""
+
+    def __init__(self, root: Path, image: BuiltImage, host: QemuHost) -> None:
+        self.root, self.host, self._image = root, host, image
+        root.mkdir(mode=0o700)
+        self.launcher = QemuLauncher(host, f"test{os.getpid()}", self.folder)
+        self._firmware = root / "firmware"
+        self._firmware.mkdir(mode=0o755)
+        for name, path in host.firmware_sources.items():
+            shutil.copyfile(path, self._firmware / name)
+            (self._firmware / name).chmod(0o444)
+        for path in (image.kernel, image.initrd):
+            assert path is not None
+            path.chmod(0o444)
+        image.disk.chmod(0o400)
+        self._base = ChainLayer(id=LayerId(mint()), path=image.disk)
+
+    def folder(self, sandbox: SandboxId) -> Path:
+        return self.root / "sandboxes" / sandbox
+
+    def overlay(self, below: Path) -> ChainLayer:
+        layer = LayerId(mint())
+        path = self.root / f"{layer}.qcow2"
+        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", below, path]
+        subprocess.run(command, check=True)
+        path.chmod(0o600)
+        return ChainLayer(id=layer, path=path)
+
+    async def spec(self, uid: int | None = QEMU_UID) -> DomainSpec:
+        sandbox = SandboxId(mint())
+        self.folder(sandbox).mkdir(mode=0o700, parents=True)
+        firmware = dict.fromkeys(self.host.firmware_sources, NOTHING)
+        boot = KernelBoot(kernel=NOTHING, initrd=NOTHING, command_line=self._image.command_line)
+        chosen = await accelerator.choose()
+        chain = [self.overlay(self._base.path), self._base]
+        return DomainSpec(
+            sandbox=sandbox,
+            machine=qemu_host.new_machine(self.host, chosen, firmware, boot),
+            cpus=2,
+            memory=256,
+            vmgenid=mint(),
+            disks=[DomainDisk(index=0, serial="root", chain=chain)],
+            firmware_dir=self._firmware,
+            kernel=self._image.kernel,
+            initrd=self._image.initrd,
+            folder=self.folder(sandbox),
+            uid=uid,
+        )
+
+
+class Running:
+    """A guest that runs, and what it told."""
+
+    def __init__(self, spec: DomainSpec, domain: Domain, agent: GuestAgent) -> None:
+        self.spec, self.domain, self.agent = spec, domain, agent
+        self.pid = domain.handle.pid
+
+    async def sh(self, line: str) -> str:
+        result = await execute(self.agent, ["sh", "-c", line], timeout=60)
+        assert result.exit_code == 0, result
+        return result.stdout.decode().strip()
+
+
+@asynccontextmanager
+async def running(launcher: Launcher, spec: DomainSpec) -> AsyncIterator[Running]:
+    handle = await launcher.start(spec)
+    agent = GuestAgent(spec.folder)
+
+    def hear(event: Event) -> None:
+        if isinstance(event, AgentPort):
+            agent.port_changed(is_open=event.open)
+
+    try:
+        domain = await Domain.attach(handle, hear)
+        try:
+            await domain.cont()
+            await agent.wait_ready(120)
+            yield Running(spec, domain, agent)
+        finally:
+            await domain.detach()
+            await agent.close()
+    finally:
+        await launcher.stop(handle)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    root = tmp_path_factory.mktemp("hypervisor")
+
+    async def prepare() -> Bench:
+        work = root / "image"
+        work.mkdir()
+        image = await recipes.tiny(work, cache_dir=CACHE, progress=no_progress)
+        return Bench(root / "bench", image, await qemu_host.probe())
+
+    yield asyncio.run(prepare())
+    shutil.rmtree(root)
+
+
+@pytest.fixture
+async def guest(bench: Bench) -> AsyncIterator[Running]:
+    async with running(bench.launcher, await bench.spec()) as guest:
+        yield guest
+
+
+def open_modes(pid: int, path: Path) -> set[int]:
+    """Access modes (O_RDONLY, O_RDWR) by which a process has a file open."""
+    modes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        if os.readlink(link) == str(path):
+            info = (link.parent.parent / "fdinfo" / link.name).read_text()
+            modes.add(int(info.split("flags:")[1].split()[0], 8) & os.O_ACCMODE)
+    return modes
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+async def test_confinement(guest: Running) -> None:
+    status = Path(f"/proc/{guest.pid}/status").read_text()
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    if QEMU_UID is not None:
+        assert fields["Uid"].split() == fields["Gid"].split() == [str(QEMU_UID)] * 4
+        assert fields["Groups"].split() == []
+    assert fields["Seccomp"].strip() == "2"
+    limits = Path(f"/proc/{guest.pid}/limits").read_text()
+    assert "Max core file size        0                    0 " in limits
+    active, image = guest.spec.disks[0].chain
+    assert open_modes(guest.pid, active.path) == {os.O_RDONLY, os.O_RDWR}
+    assert open_modes(guest.pid, image.path) == {os.O_RDONLY}
+    assert os.getsid(guest.pid) == guest.pid
+
+
+async def test_switch_under_load_seals_the_old_layer(bench: Bench, guest: Running) -> None:
+    line = "i=0; while :; do i=$((i+1)); echo $i >/seq; sync; done"
+    load = asyncio.create_task(execute(guest.agent, ["sh", "-c", line], timeout=6))
+    await asyncio.sleep(1)
+    old = guest.spec.disks[0].chain[0]
+    for _ in range(3):
+        new = bench.overlay(old.path)
+        await guest.domain.disks.prepare([new])
+        await guest.domain.disks.switch([(old, new)])
+        assert await guest.domain.disks.active_layers() == {0: new.node}
+        assert open_modes(guest.pid, old.path) == {os.O_RDONLY}
+        before = digest(old.path), digest(new.path)
+        await asyncio.sleep(1)
+        assert digest(old.path) == before[0]
+        assert digest(new.path) != before[1]
+        old = new
+    assert (await load).timed_out
+    assert int(await guest.sh("cat /seq")) > 0
+
+
+async def test_a_switch_of_a_paused_guest_seals_when_it_runs_on(
+    bench: Bench, guest: Running
+) -> None:
+    old = guest.spec.disks[0].chain[0]
+    new = bench.overlay(old.path)
+    await guest.domain.pause()
+    await guest.domain.disks.prepare([new])
+    await guest.domain.disks.switch([(old, new)])
+    await guest.domain.cont()
+    assert open_modes(guest.pid, old.path) == {os.O_RDONLY}
+
+
+async def test_a_switch_whose_reply_is_lost_is_settled(
+    bench: Bench, guest: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = guest.domain.disks._monitor
+    real = monitor.execute
+
+    async def losing(command: str, *arguments: object, **options: object) -> object:
+        result = await real(command, *arguments, **options)  # type: ignore[arg-type]
+        if command == "transaction":
+            raise ReplyLostError("lost", name="qmp.sock", command=command)
+        return result
+
+    old = guest.spec.disks[0].chain[0]
+    new = bench.overlay(old.path)
+    await guest.domain.disks.prepare([new])
+    monkeypatch.setattr(monitor, "execute", losing)
+    await guest.domain.disks.switch([(old, new)])
+    monkeypatch.undo()
+    assert await guest.domain.disks.active_layers() == {0: new.node}
+
+
+async def test_a_refused_switch_changes_nothing(bench: Bench, guest: Running) -> None:
+    old = guest.spec.disks[0].chain[0]
+    known, unknown = bench.overlay(old.path), bench.overlay(old.path)
+    await guest.domain.disks.prepare([known])
+    pairs = [(old, known), (old, unknown)]
+    with pytest.raises(FailedError):
+        await guest.domain.disks.switch(pairs)
+    assert await guest.domain.disks.active_layers() == {0: old.node}
+    await guest.domain.disks.drop([known, unknown])
+    assert open_modes(guest.pid, known.path) == set()
+
+
+async def test_freeze_and_late_freeze(guest: Running) -> None:
+    assert await guest.agent.fsfreeze_freeze(30) > 0
+    assert await guest.agent.fsfreeze_status() == "frozen"
+    assert await guest.agent.fsfreeze_thaw() > 0
+    with pytest.raises(UnavailableError):
+        await guest.agent.fsfreeze_freeze(0.0005)
+    await guest.agent.ensure_thawed(30)
+    assert await guest.sh("echo x >/x; sync; cat /x") == "x"
+
+
+async def test_a_timeout_leaves_no_process_behind(guest: Running) -> None:
+    line = "trap '' TERM; echo begun; env -i setsid sleep 4321 & setsid sleep 4321 & sleep 4321"
+    result = await execute(guest.agent, ["sh", "-c", line], timeout=2)
+    assert (result.timed_out, result.stdout) == (True, b"begun\n")
+    assert await guest.sh("ps | grep '[4]321' || echo none") == "none"
+
+
+async def test_a_cancelled_command_is_killed_in_the_guest(guest: Running) -> None:
+    task = asyncio.create_task(execute(guest.agent, ["sleep", "4321"]))
+    await asyncio.sleep(1)
+    task.cancel()
+    await asyncio.wait((task,))
+    assert task.cancelled()
+    assert await guest.sh("ps | grep '[4]321' || echo none") == "none"
+
+
+async def test_memory_blocks_are_the_known_ones(guest: Running) -> None:
+    text = await guest.domain._monitor.execute(
+        "human-monitor-command", {"command-line": "info ramblock"}
+    )
+    blocks = {line.split()[0] for line in str(text).splitlines()[1:] if line.strip()}
+    assert blocks == {
+        "ram", "system.flash0", "isa-bios", "pc.rom",
+        "/rom@etc/acpi/tables", "/rom@etc/table-loader", "/rom@etc/acpi/rsdp",
+    }  # fmt: skip
+
+
+async def test_a_guest_outlives_a_killed_daemon(bench: Bench) -> None:
+    spec = await bench.spec()
+    handle = await bench.launcher.start(spec)
+    try:
+        program = (
+            "import asyncio, os, signal, sys\n"
+            "from pathlib import Path\n"
+            "from stratabox.daemon.hypervisor.domain import Domain\n"
+            "from stratabox.daemon.hypervisor.machine import DomainHandle\n"
+            "async def main(pid, started, sandbox, folder):\n"
+            "    handle = DomainHandle(sandbox=sandbox, pid=int(pid), started=int(started),"
+            " folder=Path(folder))\n"
+            "    domain = await Domain.attach(handle, print)\n"
+            "    await domain.cont()\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+            "asyncio.run(main(*sys.argv[1:]))\n"
+        )
+        values = (handle.pid, handle.started, spec.sandbox, spec.folder)
+        command = [sys.executable, "-c", program, *map(str, values)]
+        assert subprocess.run(command).returncode == -signal.SIGKILL
+        assert await bench.launcher.find(spec.sandbox, spec.folder) == handle
+        assert handle in await bench.launcher.list()
+        domain = await Domain.attach(handle, lambda event: None)
+        try:
+            assert await domain.status() == "running"
+        finally:
+            await domain.detach()
+    finally:
+        await bench.launcher.stop(handle)
+    assert not bench.launcher.is_alive(handle)
+    assert [path.name for path in spec.folder.iterdir()] == ["qemu.log"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words", "by_guest"),
+    [
+        ("poweroff -f", "powered itself off", True),
+        ("", "killed by signal 9", False),
+    ],
+)
+async def test_why_a_guest_ended(guest: Running, line: str, words: str, by_guest: bool) -> None:
+    if line:
+        with pytest.raises(UnavailableError):
+            await execute(guest.agent, ["sh", "-c", line])
+    else:
+        os.kill(guest.pid, signal.SIGKILL)
+    ended = await asyncio.wait_for(asyncio.shield(guest.domain.exited), 30)
+    assert words in ended.reason
+    assert ended.guest is by_guest
+
+
+async def test_a_panic_is_told_and_the_console_can_be_read(guest: Running) -> None:
+    crash = "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger"
+    task = asyncio.create_task(execute(guest.agent, ["sh", "-c", crash]))
+    deadline = time.monotonic() + 30
+    while await guest.domain.status() != "guest-panicked":
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.2)
+    assert "sysrq" in await guest.domain.serial_tail()
+    task.cancel()
+    await guest.domain.quit()
+    ended = await asyncio.wait_for(asyncio.shield(guest.domain.exited), 30)
+    assert "panicked" in ended.reason
+    await asyncio.wait((task,))
+
+
+async def test_a_start_that_fails_leaves_nothing(bench: Bench) -> None:
+    spec = await bench.spec()
+    broken = replace(spec, machine=replace(spec.machine, machine_type="pc-q35-99.9"))
+    with pytest.raises(FailedError, match="99.9"):
+        await bench.launcher.start(broken)
+    absent = replace(spec.disks[0], chain=[bench.overlay(spec.disks[0].chain[0].path)])
+    absent.chain[0].path.unlink()
+    with pytest.raises(CorruptError):
+        await bench.launcher.start(replace(spec, disks=[absent]))
+    starting = asyncio.create_task(bench.launcher.start(spec))
+    await asyncio.sleep(0.01)
+    starting.cancel()
+    await asyncio.wait((starting,))
+    assert await bench.launcher.find(spec.sandbox, spec.folder) is None
+    assert [path.name for path in spec.folder.iterdir()] == ["qemu.log"]
+
+
+@pytest.fixture
+def libvirtd(tmp_path: Path) -> Iterator[None]:
+    """libvirt's daemons, started by hand where no service manager did."""
+    if os.getuid() != 0 or shutil.which("libvirtd") is None:
+        pytest.skip("needs root and libvirtd")
+    if Path("/run/libvirt/libvirt-sock").is_socket() and not _is_stale():
+        yield
+        return
+    # /dev/kvm is masked where it opens but does not work: libvirtd would ask it for minutes.
+    masked = "mount --bind /dev/null /dev/kvm 2>/dev/null; exec libvirtd"
+    commands: Sequence[Sequence[str]] = (["virtlogd"], ["unshare", "-m", "sh", "-c", masked])
+    with (tmp_path / "libvirt.log").open("wb") as log:
+        daemons = [subprocess.Popen(command, stdout=log, stderr=log) for command in commands]
+        try:
+            deadline = time.monotonic() + 30
+            while _is_stale():
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            yield
+        finally:
+            for daemon in reversed(daemons):
+                daemon.terminate()
+                daemon.wait()
+
+
+def _is_stale() -> bool:
+    return subprocess.run(["virsh", "uri"], capture_output=True).returncode != 0
+
+
+@pytest.mark.usefixtures("libvirtd")
+async def test_the_same_control_through_libvirt(bench: Bench) -> None:
+    pytest.importorskip("libvirt")
+    launcher = LibvirtLauncher(bench.host, f"virt{os.getpid()}", bench.folder)
+    async with running(launcher, await bench.spec(uid=None)) as guest:
+        assert await guest.sh("echo hi") == "hi"
+        listed = subprocess.run(["virsh", "list", "--name"], capture_output=True, text=True)
+        assert guest.spec.sandbox in listed.stdout
+        old = guest.spec.disks[0].chain[0]
+        new = bench.overlay(old.path)
+        await guest.domain.disks.prepare([new])
+        await guest.domain.disks.switch([(old, new)])
+        assert await guest.domain.disks.active_layers() == {0: new.node}
+        assert await launcher.list() == [guest.domain.handle]
+    assert await launcher.list() == []

@@ -1,0 +1,75 @@
+"""What stands in a store's layers and what its QEMUs do, seen from outside, without any daemon."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+
+
+def read(layer: Path, *, offset: int = 0, size: int = 512) -> bytes:
+    """Bytes of the disk that `layer` and the chain below it are; all multiples of 512."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "bytes"
+        subprocess.run(
+            [
+                "qemu-img", "dd", "-U", "-f", "qcow2", "-O", "raw", "bs=512",
+                f"skip={offset // 512}", f"count={(offset + size) // 512}",
+                f"if={layer}", f"of={target}",
+            ],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        return target.read_bytes()
+
+
+def marker(layer: Path) -> str:
+    """The line that a guest wrote at the very beginning of a disk without a file system."""
+    return read(layer).partition(b"\n")[0].rstrip(b"\0").decode()
+
+
+def needs_recovery(layer: Path) -> bool:
+    """Whether the ext4 on a whole disk would replay its journal when it is mounted."""
+    superblock = read(layer, offset=1024, size=512)
+    assert superblock[0x38:0x3A] == b"\x53\xef"
+    return bool(superblock[0x60] & 0x04)
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file's own bytes."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def ask_qemu(folder: Path, command: str, **arguments: object) -> object:
+    """Ask a QEMU over its second monitor, which the daemon uses in need only.
+
+    :param folder: the sandbox's folder in the state folder.
+    """
+    directory = os.open(folder, os.O_PATH | os.O_DIRECTORY)
+    try:
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.settimeout(10)
+            monitor.connect(f"/proc/self/fd/{directory}/rescue.sock")
+            with monitor.makefile("rwb") as stream:
+                assert b"QMP" in stream.readline()
+                answer: object = None
+                for execute, given in (("qmp_capabilities", {}), (command, arguments)):
+                    stream.write(json.dumps({"execute": execute, "arguments": given}).encode())
+                    stream.flush()
+                    while "return" not in (reply := json.loads(stream.readline())):
+                        assert "event" in reply, reply
+                    answer = reply["return"]
+                return answer
+    finally:
+        os.close(directory)
+
+
+def status(folder: Path) -> str:
+    """QEMU's own word for what its guest does."""
+    answer = ask_qemu(folder, "query-status")
+    assert isinstance(answer, dict)
+    return str(answer["status"])

@@ -1,0 +1,166 @@
+"""What QEMU is started with: pure functions of the spec."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stratabox.daemon.hypervisor import command_line, domain_xml
+from stratabox.daemon.hypervisor.machine import ChainLayer, DomainDisk, DomainSpec
+from stratabox.storage.model.errors import InvalidArgumentError
+from stratabox.storage.model.ids import LayerId, SandboxId, Sha256, mint
+from stratabox.storage.model.records import KernelBoot, Machine
+
+NASTY = 'console=ttyS0,x "y" \\ é'
+
+
+class NamedFiles:
+    """Files by names that tell them apart."""
+
+    def firmware_dir(self) -> str:
+        return "FIRMWARE"
+
+    def bios(self) -> str:
+        return "BIOS"
+
+    def kernel(self) -> str:
+        return "KERNEL"
+
+    def initrd(self) -> str:
+        return "INITRD"
+
+    def layer(self, layer: ChainLayer, *, active: bool) -> str:
+        return f"{'rw' if active else 'ro'}:{layer.path}"
+
+    def listener(self, name: str) -> str:
+        return f"fd={len(name)}"
+
+    def extra(self) -> Sequence[str]:
+        return ("-add-fd", "fd=3,set=1")
+
+
+def layer() -> ChainLayer:
+    return ChainLayer(id=LayerId(mint()), path=Path(f"/layers/{mint()}"))
+
+
+def make_spec(*chains: Sequence[ChainLayer], kernel: bool = True) -> DomainSpec:
+    machine = Machine(
+        machine_type="pc-q35-7.2",
+        accelerator="tcg",
+        cpu_model="max",
+        qemu_version="7.2.0",
+        firmware={"bios-256k.bin": Sha256("0" * 64)},
+        mac="52:54:00:12:34:56",
+        kernel_boot=KernelBoot(kernel=Sha256("1"), initrd=Sha256("2"), command_line=NASTY)
+        if kernel
+        else None,
+    )
+    return DomainSpec(
+        sandbox=SandboxId(mint()),
+        machine=machine,
+        cpus=3,
+        memory=512,
+        vmgenid=mint(),
+        disks=[
+            DomainDisk(index=index, serial=f"serial,{index}", chain=chain)
+            for index, chain in enumerate(chains)
+        ],
+        firmware_dir=Path("/fw"),
+        kernel=Path("/k") if kernel else None,
+        initrd=Path("/i") if kernel else None,
+        folder=Path("/run/x,y"),
+        uid=None,
+    )
+
+
+def values(arguments: Sequence[str], option: str) -> list[str]:
+    return [value for name, value in itertools.pairwise(arguments) if name == option]
+
+
+def devices(arguments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return {each["id"]: each for each in map(json.loads, values(arguments, "-device"))}
+
+
+def test_the_guest_cannot_tell_which_host_starts_it() -> None:
+    spec = make_spec([layer()], [layer()])
+    arguments = command_line.build(spec, "name", NamedFiles())
+    assert values(arguments, "-machine")[0].startswith("pc-q35-7.2,memory-backend=ram,pflash0=fw")
+    addresses = {
+        name: device["addr"] for name, device in devices(arguments).items() if "addr" in device
+    }
+    assert addresses == {
+        "rng0": "0x2", "serial0": "0x3", "net0": "0x4", "panic": "0x5",
+        "disk0": "0x8", "disk1": "0x9",
+    }  # fmt: skip
+    assert devices(arguments)["net0"]["romfile"] == ""
+    assert devices(arguments)["genid"]["guid"] == spec.vmgenid
+    assert "-no-reboot" not in arguments
+    assert "-S" in arguments
+
+
+def test_the_whole_chain_is_spelled_out_from_the_image_up() -> None:
+    active, sealed, image = layer(), layer(), layer()
+    arguments = command_line.build(make_spec([active, sealed, image]), "name", NamedFiles())
+    firmware, *nodes = map(json.loads, values(arguments, "-blockdev"))
+    assert firmware["read-only"] is True
+    assert [node["node-name"] for node in nodes] == [image.node, sealed.node, active.node]
+    assert [node["backing"] for node in nodes] == [None, image.node, sealed.node]
+    assert [node["read-only"] for node in nodes] == [True, True, False]
+    assert [node["file"]["filename"][:2] for node in nodes] == ["ro", "ro", "rw"]
+    for node in nodes:
+        assert "read-only" not in node["file"]  # else it would not follow its parent
+        assert (node["discard"], node["detect-zeroes"]) == ("ignore", "off")
+        assert (node["file"]["aio"], node["file"]["locking"]) == ("threads", "on")
+        assert len(node["node-name"]) <= 31
+    assert devices(arguments)["disk0"]["drive"] == active.node
+
+
+def test_a_layer_under_two_disks_is_one_node() -> None:
+    shared = layer()
+    arguments = command_line.build(
+        make_spec([layer(), shared], [layer(), shared]), "name", NamedFiles()
+    )
+    names = [json.loads(value)["node-name"] for value in values(arguments, "-blockdev")]
+    assert names.count(shared.node) == 1
+
+
+def test_no_text_breaks_out_of_its_value() -> None:
+    spec = make_spec([layer()])
+    arguments = command_line.build(spec, "name", NamedFiles())
+    assert values(arguments, "-append") == [NASTY]
+    assert devices(arguments)["disk0"]["serial"] == "serial,0"
+
+
+def test_a_guest_that_boots_by_itself_gets_no_kernel() -> None:
+    arguments = command_line.build(make_spec([layer()], kernel=False), "name", NamedFiles())
+    assert not {"-kernel", "-initrd", "-append"} & set(arguments)
+
+
+def test_limits() -> None:
+    spec = make_spec([layer()])
+    disk = replace(spec.disks[0], serial="x" * 21)
+    with pytest.raises(InvalidArgumentError):
+        command_line.build(replace(spec, disks=[disk]), "name", NamedFiles())
+    with pytest.raises(InvalidArgumentError):
+        command_line.build(make_spec(*[[layer()] for _ in range(17)]), "name", NamedFiles())
+
+
+def test_libvirt_passes_the_same_hardware() -> None:
+    spec = make_spec([layer(), layer()])
+    tree = ET.fromstring(domain_xml.build(spec, "box", emulator=Path("/q"), uid=7))
+    assert tree.findtext("name") == "box"
+    assert tree.findtext("os/cmdline") == NASTY
+    assert tree.findtext("seclabel/label") == "+7:+7"
+    passed = [
+        argument.get("value", "") for argument in tree.iter(f"{{{domain_xml.QEMU_NAMESPACE}}}arg")
+    ]
+    plain = command_line.build(spec, "box", NamedFiles())
+    assert devices(passed) == devices(plain)
+    assert any("path=/run/x,,y/qmp.sock" in value for value in values(passed, "-chardev"))
