@@ -27,6 +27,12 @@ class NamedFiles:
     def firmware_dir(self) -> str:
         return "FIRMWARE"
 
+    def ram(self) -> str:
+        return "RAM"
+
+    def state(self) -> str | None:
+        return None
+
     def bios(self) -> str:
         return "BIOS"
 

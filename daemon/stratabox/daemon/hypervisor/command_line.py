@@ -24,6 +24,8 @@ from stratabox.daemon.hypervisor.machine import ChainLayer, DomainDisk, DomainSp
 from stratabox.storage.model.errors import InvalidArgumentError
 
 MAX_DISKS = 16
+HUGE_PAGE = 2 << 20
+"""RAM begins at a multiple of it, so that the kernel can use huge pages."""
 SERIAL_BYTES = 65536
 """The serial console's ring buffer: older output is forgotten."""
 
@@ -53,6 +55,12 @@ class Files(Protocol):
 
     def firmware_dir(self) -> str:
         """A folder that QEMU can look into, for -L."""
+
+    def ram(self) -> str:
+        """File that the guest's RAM is a private mapping of."""
+
+    def state(self) -> str | None:
+        """Where QEMU loads the devices' state from, as for -incoming; None: it loads none."""
 
     def bios(self) -> str:
         """File name of the BIOS, for a block node."""
@@ -95,6 +103,7 @@ def build(spec: DomainSpec, name: str, files: Files) -> list[str]:
         *("-m", f"size={spec.memory}M"),
         *("-rtc", "base=utc"),
         *_boot(spec, files),
+        *_incoming(files),
         *hardware(spec, files),
         *("-sandbox", SANDBOX),
         *files.extra(),
@@ -103,7 +112,14 @@ def build(spec: DomainSpec, name: str, files: Files) -> list[str]:
 
 def hardware(spec: DomainSpec, files: Files) -> list[str]:
     """What every launcher passes in the same words: RAM, firmware, disks, devices, control."""
-    ram = {"qom-type": "memory-backend-ram", "id": "ram", "size": spec.memory << 20}
+    ram = {
+        "qom-type": "memory-backend-file",
+        "id": "ram",
+        "size": spec.memory << 20,
+        "mem-path": files.ram(),
+        "share": False,
+        "align": HUGE_PAGE,
+    }
     arguments = [
         *("-object", _json(ram)),
         # A panicked guest stays for a look at its console. Everything else is QEMU's default.
@@ -220,6 +236,14 @@ def _boot(spec: DomainSpec, files: Files) -> list[str]:
         *("-initrd", files.initrd()),
         *("-append", boot.command_line),
     ]
+
+
+def _incoming(files: Files) -> list[str]:
+    state = files.state()
+    if state is None:
+        return []
+    # The state was saved without the section in which a stream describes its machine.
+    return ["-incoming", state, "-global", "migration.send-configuration=off"]
 
 
 def _devices(spec: DomainSpec) -> list[str]:

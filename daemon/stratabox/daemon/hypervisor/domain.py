@@ -32,6 +32,7 @@ from stratabox.daemon.hypervisor.events import (
     describe_end,
 )
 from stratabox.daemon.hypervisor.machine import DomainHandle
+from stratabox.daemon.hypervisor.memory.control import MemoryControl
 from stratabox.daemon.hypervisor.monitor import Monitor
 from stratabox.daemon.hypervisor.qmp import ReplyLostError
 from stratabox.storage.model.errors import UnavailableError
@@ -51,6 +52,8 @@ class Domain:
         self._monitor = Monitor(handle.folder, self._hear)
         self.disks = BlockGraph(self._monitor)
         """Its disks: overlays, and which layer is active."""
+        self.memory = MemoryControl(self._monitor)
+        """Its RAM and the state of its devices."""
         self._shutdown: Shutdown | None = None
         self._panicked = False
         self._log_start = process.log_size(handle.folder)
@@ -112,8 +115,16 @@ class Domain:
         :raise FailedError: QEMU_FAILED, when QEMU refuses.
         :raise UnavailableError: MONITOR_UNAVAILABLE.
         """
-        await self._monitor.execute("cont", repeatable=True, seconds=BLOCK_SECONDS)
+        await self.resume()
         await self.disks.tidy()
+
+    async def resume(self) -> None:
+        """Let the vCPUs run and do nothing else; `disks.tidy` is the caller's, soon after.
+
+        :raise FailedError: QEMU_FAILED, when QEMU refuses.
+        :raise UnavailableError: MONITOR_UNAVAILABLE.
+        """
+        await self._monitor.execute("cont", repeatable=True, seconds=BLOCK_SECONDS)
 
     async def pause(self) -> None:
         """Stop the vCPUs; QEMU flushes the disks. Stopped already is fine.

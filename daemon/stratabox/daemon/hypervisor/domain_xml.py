@@ -13,6 +13,7 @@ from pathlib import Path
 
 from stratabox.daemon.hypervisor import command_line
 from stratabox.daemon.hypervisor.machine import ChainLayer, DomainSpec
+from stratabox.daemon.hypervisor.memory import tracking
 from stratabox.daemon.hypervisor.qemu_host import BIOS
 
 QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -27,6 +28,13 @@ class PathFiles:
     def firmware_dir(self) -> str:
         """-L."""
         return str(self._spec.firmware_dir)
+
+    def ram(self) -> str:
+        """Anonymous memory."""
+        return tracking.FRESH
+
+    def state(self) -> None:
+        """Nothing: this launcher does not restore memory yet."""
 
     def bios(self) -> str:
         """The flash's file."""

@@ -6,6 +6,8 @@ QEMU runs as a user that may not enter the state folder, so nothing is handed ov
   never opens the file, so the file's mode does not matter. The active overlay gives two, one to
   write and one to read: when a newer overlay goes on top QEMU reopens it read-only, and picks the
   one that fits;
+- saved memory through ``/proc/self/fd/N`` too: memfds that are sealed, so that QEMU may open them
+  as it likes (before 8.2 it opens RAM for writing, although it only maps it privately);
 - kernel, initrd and the firmware folder through ``/proc/self/fd/N``, because QEMU takes them with
   plain fopen. The kernel then checks the modes of *these* inodes (not of the folders above), so
   the files must be 0444 and the folder 0555 or more.
@@ -21,7 +23,9 @@ from types import TracebackType
 
 from stratabox.daemon.hypervisor import sockets
 from stratabox.daemon.hypervisor.machine import ChainLayer, DomainSpec
+from stratabox.daemon.hypervisor.memory import tracking
 from stratabox.daemon.hypervisor.qemu_host import BIOS
+from stratabox.storage.files.memory.sealed import is_sealed
 from stratabox.storage.model.errors import CorruptError, FailedError, InternalError
 
 WRITE = "rw"
@@ -65,6 +69,30 @@ class InheritedFiles:
         """-L: a folder by its descriptor."""
         folder = self._spec.firmware_dir
         return self._by_proc(folder, os.O_RDONLY | os.O_DIRECTORY, needed=0o005)
+
+    def ram(self) -> str:
+        """The sealed memfd that holds the saved RAM, or the kernel's zeros."""
+        saved = self._spec.saved
+        if saved is None:
+            return tracking.FRESH
+        if not is_sealed(saved.ram, self._spec.memory << 20):
+            raise InternalError("saved RAM is not sealed, or not of the guest's size")
+        return self._again(saved.ram, os.O_RDONLY)
+
+    def state(self) -> str | None:
+        """An own open file of the saved state: many start from it, each at its beginning."""
+        if self._spec.saved is None:
+            return None
+        return f"fd:{self._again(self._spec.saved.state, os.O_RDONLY).rpartition('/')[2]}"
+
+    def environment(self) -> dict[str, str]:
+        """Variables that have QEMU note which pages its guest writes, where that can be."""
+        if not (tracking.has_write_tracking() and tracking.LIBRARY.exists()):
+            return {}
+        library = self._by_proc(tracking.LIBRARY, os.O_RDONLY, needed=0o004)
+        saved = self._spec.saved
+        ram = tracking.FRESH if saved is None else f"/proc/self/fd/{saved.ram}"
+        return tracking.environment(library, ram)
 
     def bios(self) -> str:
         """The flash's file."""
@@ -118,6 +146,13 @@ class InheritedFiles:
         if self._spec.uid is not None and os.fstat(descriptor).st_mode & needed != needed:
             raise InternalError(f"{path} is not readable by QEMU's user: its mode is too narrow")
         return f"/proc/self/fd/{descriptor}"
+
+    def _again(self, descriptor: int, flags: int) -> str:
+        """Open a file in memory once more."""
+        again = os.open(f"/proc/self/fd/{descriptor}", flags | os.O_CLOEXEC)
+        self._stack.callback(os.close, again)
+        self.descriptors.append(again)
+        return f"/proc/self/fd/{again}"
 
     def _open(self, path: Path, flags: int) -> int:
         try:

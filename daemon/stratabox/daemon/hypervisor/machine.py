@@ -51,6 +51,19 @@ class DomainDisk:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SavedMemory:
+    """What a guest goes on from: descriptors of sealed memfds, which stay the caller's.
+
+    Any number of domains may be started with the same ones.
+    """
+
+    ram: int
+    """As large as the guest's RAM."""
+    state: int
+    """State of its devices."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DomainSpec:
     """Everything that a launcher needs to start one guest."""
 
@@ -71,6 +84,8 @@ class DomainSpec:
     """The sandbox's own folder: sockets and QEMU's messages go here. It exists."""
     uid: int | None
     """Run QEMU as this uid (and gid of the same number); None: as the daemon itself."""
+    saved: SavedMemory | None = None
+    """Go on from there; None: start from the beginning."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,6 +110,7 @@ class QemuLauncher:
         name = process.guest_name(self._store_id, spec.sandbox)
         with InheritedFiles(spec) as files, _open_log(spec.folder) as log:
             arguments = command_line.build(spec, name, files)
+            environment = files.environment()
             try:
                 child = subprocess.Popen(
                     [str(self._host.path), *arguments],
@@ -117,7 +118,7 @@ class QemuLauncher:
                     stdout=log,
                     stderr=log,
                     cwd="/",
-                    env=_ENVIRONMENT,
+                    env={**_ENVIRONMENT, **environment},
                     pass_fds=files.descriptors,
                     start_new_session=True,
                     user=spec.uid,

@@ -1,0 +1,19 @@
+"""The memory engine: a running guest's RAM and devices, saved in milliseconds and mapped again.
+
+| module | duty |
+|---|---|
+| `mapping` | where a QEMU has its guest's RAM |
+| `pages` | which pages are its own, and which were written, from its page tables |
+| `tracking` | who notes what was written: `written`, `soft_dirty` or nobody |
+| `reader` | another process's pages into a buffer |
+| `save` | a running domain → files |
+| `load` | waits for a QEMU that was started with saved memory |
+| `fits` | pure: what keeps a saved machine from running here |
+
+`dirtytrack.c` becomes a library that is preloaded into QEMU, where a compiler was there to build
+it; `tracking` needs it for `written`.
+
+A fresh guest's RAM is a private mapping of /dev/zero: anonymous memory (huge pages, and one page
+for each that is touched, where an empty memfd would hold a second one) that can be told by its
+device and inode. A restored guest's is a private mapping of a sealed memfd.
+"""
