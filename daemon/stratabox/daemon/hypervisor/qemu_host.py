@@ -7,6 +7,7 @@ firmware files that guests need to start again without anything under /usr/share
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import secrets
 import shutil
@@ -28,6 +29,7 @@ that loads a kernel given by -kernel, and the one behind the APIC's `vapic`."""
 
 _SECONDS = 20.0
 _VERSION = re.compile(r"version (\d+)\.(\d+)(?:\.(\d+))?")
+_MACHINE = re.compile(r"^(pc-[\w.-]+)\s", re.MULTILINE)
 _Q35 = re.compile(r"^q35\s.*\(alias of (pc-q35-[\w.]+)\)", re.MULTILINE)
 
 
@@ -41,6 +43,8 @@ class QemuHost:
     """As "7.2.22"."""
     machine_type: str
     """What q35 stands for in this QEMU, as "pc-q35-7.2"."""
+    machine_types: frozenset[str]
+    """All that it knows by their versioned names."""
     firmware_sources: Mapping[str, Path]
     """File name as QEMU asks for it → where this host has it."""
 
@@ -74,7 +78,38 @@ async def probe(binary: str | Path = BINARY) -> QemuHost:
         version=numbers,
         version_text=".".join(map(str, numbers)),
         machine_type=machine[1],
+        machine_types=frozenset(_MACHINE.findall(machines)),
         firmware_sources=await asyncio.to_thread(_find_firmware, folders.splitlines()),
+    )
+
+
+async def cpu_features(host: QemuHost, accelerator: str, model: str) -> frozenset[str]:
+    """Names of all features that a CPU model gives a guest on this host. Takes 30 ms.
+
+    :raise FailedError: QEMU_FAILED, when QEMU does not answer.
+    """
+    commands: list[dict[str, object]] = [
+        {"execute": "qmp_capabilities"},
+        {
+            "execute": "query-cpu-model-expansion",
+            "arguments": {"type": "full", "model": {"name": model}},
+        },
+        {"execute": "quit"},
+    ]
+    output = await _ask(
+        host.path,
+        *("-machine", "none", "-accel", accelerator, "-S", "-display", "none"),
+        *("-nodefaults", "-no-user-config", "-qmp", "stdio"),
+        given="".join(map(json.dumps, commands)).encode(),
+    )
+    for line in output.splitlines():
+        try:
+            properties = json.loads(line)["return"]["model"]["props"]
+        except (ValueError, LookupError, TypeError):
+            continue
+        return frozenset(name for name, value in properties.items() if value is True)
+    raise FailedError(
+        f"{host.path} does not say what its CPU model {model} has.", reason="QEMU_FAILED"
     )
 
 
@@ -106,21 +141,23 @@ def random_mac() -> str:
     return ":".join(["52", "54", "00", *(f"{byte:02x}" for byte in secrets.token_bytes(3))])
 
 
-async def _ask(path: Path, *arguments: str) -> str:
+async def _ask(path: Path, *arguments: str, given: bytes = b"") -> str:
     """Run QEMU for something that it prints.
+
+    :param given: its standard input.
 
     :raise FailedError: QEMU_FAILED, when it fails or takes too long.
     """
     process = await asyncio.create_subprocess_exec(
         path,
         *arguments,
-        stdin=asyncio.subprocess.DEVNULL,
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
     try:
         async with asyncio.timeout(_SECONDS):
-            output, _ = await process.communicate()
+            output, _ = await process.communicate(given)
     except TimeoutError:
         raise FailedError(
             f"{path} {' '.join(arguments)} did not end within {_SECONDS:g} s.",
