@@ -44,11 +44,12 @@ class Bench:
         self.launcher = QemuLauncher(host, f"test{os.getpid()}", self.folder)
         self._firmware = root / "firmware"
         self._firmware.mkdir(mode=0o755)
-        for name, path in host.firmware_sources.items():
-            shutil.copyfile(path, self._firmware / name)
+        for name, source in host.firmware_sources.items():
+            shutil.copyfile(source, self._firmware / name)
             (self._firmware / name).chmod(0o444)
+        assert image.kernel is not None
+        assert image.initrd is not None
         for path in (image.kernel, image.initrd):
-            assert path is not None
             path.chmod(0o444)
         image.disk.chmod(0o400)
         self._base = ChainLayer(id=LayerId(mint()), path=image.disk)
@@ -67,8 +68,8 @@ class Bench:
     def overlay(self, below: Path) -> ChainLayer:
         layer = LayerId(mint())
         path = self.root / f"{layer}.qcow2"
-        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", below, path]
-        subprocess.run(command, check=True)
+        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"]
+        subprocess.run([*command, str(below), str(path)], check=True)
         path.chmod(0o600)
         return ChainLayer(id=layer, path=path)
 

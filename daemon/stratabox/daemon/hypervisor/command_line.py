@@ -145,6 +145,9 @@ def layer_node(
 
     The file is defined inside and says nothing about read-only itself: so it follows its parent,
     also when QEMU reopens the parent read-only after a switch of overlays.
+
+    Only active layers are locked. Sealed ones need it not, and a source that was switched while
+    paused keeps its writing descriptor, and with it its lock on the layer below, until it runs.
     """
     return {
         "driver": "qcow2",
@@ -158,7 +161,7 @@ def layer_node(
             "node-name": layer.file_node,
             "filename": filename,
             "aio": "threads",
-            "locking": "on",
+            "locking": "off" if read_only else "on",
             "discard": "ignore",
             "cache": {"direct": False, "no-flush": False},
         },

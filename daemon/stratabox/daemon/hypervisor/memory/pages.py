@@ -106,6 +106,10 @@ class PageMap:
                     regions[: 3 * count : 3], regions[1 : 3 * count : 3], strict=True
                 )
             ]
+            if count:
+                # The kernel walks in steps, and after the last one may name an earlier end (seen
+                # on 6.18): what was found already must not be found again.
+                position = max(position, regions[3 * count - 2])
         return joined(runs)
 
     def _call(
