@@ -122,7 +122,7 @@ class Running:
         self.pid = domain.handle.pid
 
     async def sh(self, line: str) -> str:
-        result = await execute(self.agent, ["sh", "-c", line], timeout=60)
+        result = await execute(self.agent, ["sh", "-c", line], timeout=300)
         assert result.exit_code == 0, result
         return result.stdout.decode().strip()
 

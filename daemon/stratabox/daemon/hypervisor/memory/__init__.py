@@ -7,6 +7,10 @@
 | `tracking` | who notes what was written: `written`, `soft_dirty` or nobody |
 | `reader` | another process's pages into a buffer |
 | `save` | a running domain → files |
+| `copying` | one save's copy of RAM, in rounds |
+| `control` | what QEMU itself is asked, over its monitor |
+| `hot` | saved memories that are ready to be mapped |
+| `threads` | steps that must come to their end |
 | `load` | waits for a QEMU that was started with saved memory |
 | `fits` | pure: what keeps a saved machine from running here |
 

@@ -19,20 +19,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 from stratabox.daemon.hypervisor.domain import Domain
 from stratabox.daemon.hypervisor.memory import mapping, reader, tracking
 from stratabox.daemon.hypervisor.memory.copying import RamCopy
+from stratabox.daemon.hypervisor.memory.threads import in_thread, uncancelled
 from stratabox.daemon.hypervisor.memory.tracking import Tracking
 from stratabox.storage.files.memory.format import RamFile
 from stratabox.storage.files.memory.sealed import write_state
 from stratabox.storage.files.memory.writer import RamWriter
 from stratabox.storage.model.errors import DeniedError, FailedError
 from stratabox.storage.model.ids import Sha256
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 _ROUNDS = 4
 _SMALL = 2 << 20
@@ -98,9 +95,9 @@ async def save(
     :raise UnavailableError: MEMORY_UNREADABLE, MONITOR_UNAVAILABLE.
     """
     ram_path, size = await domain.memory.ram_file()
-    where = await _in_thread(mapping.find, domain.handle.pid, ram_path, size)
-    await _in_thread(reader.check_readable, where)
-    tracked = await _in_thread(tracking.of, where)
+    where = await in_thread(mapping.find, domain.handle.pid, ram_path, size)
+    await in_thread(reader.check_readable, where)
+    tracked = await in_thread(tracking.of, where)
     since = None if tracked is Tracking.NONE else base.since
     with ExitStack() as stack:
         state = stack.enter_context(_StateFile())
@@ -112,14 +109,14 @@ async def save(
         copied_running = last = 0
         if running:
             copied_running, last = await _copy_running(copy, tracked, overlays)
-        await _in_thread(copy.expect, 2 * last)
+        await in_thread(copy.expect, 2 * last)
         pause = _Pause(domain, state, copy, at_pause, running=running)
-        await _uncancelled(pause.run())
-        await _in_thread(copy.write)
-        file = await _in_thread(writer.finish)
+        await uncancelled(pause.run())
+        await in_thread(copy.write)
+        file = await in_thread(writer.finish)
         content = state.content()
         try:
-            digest = await _in_thread(write_state, target.state, content)
+            digest = await in_thread(write_state, target.state, content)
         except BaseException:
             target.ram.unlink(missing_ok=True)
             raise
@@ -141,10 +138,10 @@ async def _copy_running(
     """Copy and flush while the guest runs: bytes copied in all, and in the last round."""
     total = size = 0
     for number in range(_ROUNDS):
-        flushing = asyncio.ensure_future(_in_thread(_flush, overlays))
+        flushing = asyncio.ensure_future(in_thread(_flush, overlays))
         before, size = size, 0
         if tracked is Tracking.WRITTEN:
-            size = await _in_thread(copy.copy_running)
+            size = await in_thread(copy.copy_running)
         await flushing
         total += size
         if size <= _SMALL or (number and size > before * 2 // 3):
@@ -180,7 +177,7 @@ class _Pause:
                 await self._check_stopped()
             await self._at_pause()
             await domain.memory.save_devices(target)
-            self.copied = await _in_thread(self._copy.copy_stopped)
+            self.copied = await in_thread(self._copy.copy_stopped)
         finally:
             if self._running:
                 await domain.resume()
@@ -231,24 +228,3 @@ def _flush(overlays: Sequence[Path]) -> None:
             os.fdatasync(descriptor)
         finally:
             os.close(descriptor)
-
-
-async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run something that blocks; it is over when this returns, also when it is cancelled."""
-    return await _uncancelled(asyncio.to_thread(function, *args, **kwargs))
-
-
-async def _uncancelled(awaitable: Awaitable[T]) -> T:
-    """Let it come to its end, and only then let a cancellation through."""
-    future = asyncio.ensure_future(awaitable)
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        while not future.done():
-            try:
-                await asyncio.wait((future,))
-            except asyncio.CancelledError:
-                continue
-        if not future.cancelled():
-            future.exception()  # seen: the cancellation is what the waiter hears of
-        raise
