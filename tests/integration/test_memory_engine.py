@@ -16,7 +16,7 @@ from support.memory import Memories, differing_pages
 
 from stratabox.daemon.hypervisor.domain import Domain
 from stratabox.daemon.hypervisor.machine import SavedMemory
-from stratabox.daemon.hypervisor.memory import load, mapping, tracking
+from stratabox.daemon.hypervisor.memory import copying, load, mapping, tracking
 from stratabox.daemon.hypervisor.memory.pages import PageMap, bytes_of
 from stratabox.daemon.hypervisor.memory.save import Base
 from stratabox.storage.files.memory.chain import merge, read_chain
@@ -139,11 +139,25 @@ async def test_snapshots_in_a_row_cost_what_was_written_in_between(
             assert await checksum(restored, f"file{1 - number % 2}") == sums[number - 1]
 
 
-@pytest.mark.parametrize("library", [pytest.param(True, marks=tracked), False])
+@pytest.mark.parametrize(
+    ("library", "most_kept"),
+    [
+        pytest.param(True, copying.MOST_KEPT, marks=tracked),
+        pytest.param(True, 2 * MIB, marks=tracked),
+        (False, copying.MOST_KEPT),
+        (False, 2 * MIB),
+    ],
+)
 async def test_all_of_ram_is_as_it_was(
-    bench: Bench, memories: Memories, monkeypatch: pytest.MonkeyPatch, library: bool
+    bench: Bench,
+    memories: Memories,
+    monkeypatch: pytest.MonkeyPatch,
+    library: bool,
+    most_kept: int,
 ) -> None:
     """Whole RAM compared, five times, with processes and disk reads writing to it."""
+    monkeypatch.setattr(copying, "MOST_KEPT", most_kept)
+    monkeypatch.setattr(copying, "_affordable", lambda: most_kept)
     if not library:
         monkeypatch.setattr(tracking, "LIBRARY", Path("/nowhere"))
     load_line = (

@@ -57,6 +57,10 @@ class PageMap:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of it."""
         os.close(self._descriptor)
 
     def private(self) -> Runs:

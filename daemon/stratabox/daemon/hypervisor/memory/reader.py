@@ -48,6 +48,10 @@ class Buffer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the memory back; no view may be left."""
         del self._pin
         self._map.close()
 

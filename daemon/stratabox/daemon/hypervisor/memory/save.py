@@ -112,13 +112,15 @@ async def save(
         await in_thread(copy.expect, 2 * last)
         pause = _Pause(domain, state, copy, at_pause, running=running)
         await uncancelled(pause.run())
-        await in_thread(copy.write)
-        file = await in_thread(writer.finish)
-        content = state.content()
         try:
+            await in_thread(copy.write)
+            file = await in_thread(writer.finish)
+            content = state.content()
             digest = await in_thread(write_state, target.state, content)
         except BaseException:
+            # Cancelled, too: what a thread has finished meanwhile must go.
             target.ram.unlink(missing_ok=True)
+            target.state.unlink(missing_ok=True)
             raise
     return Saved(
         file=file,
