@@ -15,6 +15,7 @@ What belongs where:
 | `qmp` | one QMP connection; the only importer of qemu.qmp |
 | `monitor`, `events` | a connection that comes back; what QEMU tells by itself |
 | `block`, `domain` | overlays and the block graph; control of one running domain |
+| `memory` | RAM and devices of a running domain saved, and mapped again |
 | `agent_channel`, `agent` | the wire to the guest's agent; what it is asked |
 | `exec` | commands in the guest, run through the agent |
 
