@@ -25,7 +25,7 @@ from pathlib import Path
 from stratabox.daemon.hypervisor.memory.mapping import PAGE, RamMapping
 from stratabox.daemon.hypervisor.memory.pages import PageMap, Runs
 
-LIBRARY = Path(__file__).with_name("_dirtytrack.so")
+LIBRARY = Path(__file__).with_name("libdirtytrack.so.1")
 FRESH = "/dev/zero"
 """What a fresh guest's RAM is a private mapping of."""
 
