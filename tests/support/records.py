@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from stratabox.storage.catalog import layers
-from stratabox.storage.catalog.database import Transaction
+from stratabox.storage.catalog.database import Catalog, Transaction
 from stratabox.storage.model.ids import ImageId, LayerId, SandboxId, Sha256, SnapshotId, mint
 from stratabox.storage.model.records import (
     GIB,
@@ -116,3 +118,15 @@ class Maker:
             layers.insert(tx, layer)
             made.append(layer.id)
         return made
+
+
+class _RollBackError(Exception):
+    pass
+
+
+@contextmanager
+def scratch(catalog: Catalog) -> Iterator[Transaction]:
+    """A transaction that leaves nothing."""
+    with suppress(_RollBackError), catalog.transaction() as tx:
+        yield tx
+        raise _RollBackError

@@ -288,8 +288,9 @@ def test_metadata_fits_as_in_python(
     wanted: dict[str, str],
     data: st.DataObject,
 ) -> None:
-    if kept and data.draw(st.booleans()):
-        wanted = {key: kept[key] for key in data.draw(st.lists(st.sampled_from(sorted(kept))))}
+    if kept and len(wanted) != 1:  # a part of what is kept, as often as not
+        chosen: list[str] = data.draw(st.lists(st.sampled_from(sorted(kept))))
+        wanted = {key: kept[key] for key in chosen}
     with catalog.transaction() as tx:
         tx.execute("DELETE FROM snapshots")
         snapshot = snapshots.insert(tx, maker.snapshot(metadata=kept))

@@ -268,6 +268,7 @@ TABLE: list[tuple[str, bool, bool, Level | None, bool]] = [
     ("running", False, False, CRASH, True),  # named, it is tried, and fails with the reason
     ("paused", False, True, CRASH, False),
     ("paused", False, False, CRASH, False),
+    ("paused", True, True, CRASH, False),
     ("stopped", True, False, APPLICATION, True),
     ("stopped", False, False, CRASH, False),
     ("failed", False, False, CRASH, False),

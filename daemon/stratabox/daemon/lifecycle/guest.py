@@ -129,6 +129,7 @@ class Guest:
         await self.settle()
         spec = await world.domain_spec(sandbox)
         handle = await world.launcher.start(spec)
+        domain: Domain | None = None
         try:
             hit("boot.started")
             domain = await Domain.attach(handle, self._on_event)
@@ -144,21 +145,26 @@ class Guest:
 
             record = await world.write(running)
         except BaseException:
+            if domain is not None:
+                await settle(domain.detach())
             await settle(world.launcher.stop(handle))
             raise
-        hit("boot.running-written")
-        world.bus.publish(Happening.UPDATED, record)
         self._take(domain)
+        world.bus.publish(Happening.UPDATED, record)
+        hit("boot.running-written")
         log.info("sandbox %s runs, pid %d", self.id, handle.pid)
         return record
 
-    async def adopt(self, handle: DomainHandle) -> Domain:
+    async def adopt(self, handle: DomainHandle, *, ready: bool) -> Domain:
         """Take over a domain that an earlier daemon started.
 
+        :param ready: its agent has answered before, so it can be spoken to at once.
         :raise UnavailableError: MONITOR_UNAVAILABLE, when it does not answer.
         """
         domain = await Domain.attach(handle, self._on_event)
         self._take(domain)
+        if ready:
+            self._ready.set()
         return domain
 
     async def end(self) -> None:
@@ -337,6 +343,14 @@ class Guest:
             asyncio.create_task(self._watch_exit(domain), name=f"watch {self.id}"),
             asyncio.create_task(self._watch_agent(domain), name=f"agent {self.id}"),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._watcher_ended)
+
+    def _watcher_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            # QEMU that died under it is told of by the other watcher; anything else is a bug.
+            level = logging.INFO if isinstance(error, StrataboxError) else logging.ERROR
+            log.log(level, "%s ended: %s", task.get_name(), error, exc_info=error)
 
     def _release(self) -> Domain | None:
         domain, self._domain = self._domain, None
@@ -453,6 +467,7 @@ class Guest:
                     try:
                         waiting.result()
                     except UnavailableError:
+                        self._ready.clear()
                         await self._note(
                             ready=False,
                             state_reason=f"the guest's agent has not answered for {limit:g} s",

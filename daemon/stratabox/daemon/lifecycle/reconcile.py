@@ -117,7 +117,7 @@ class Reconcile:
             return
         guest = self._guests.of(record.id)
         try:
-            domain = await guest.adopt(handle)
+            domain = await guest.adopt(handle, ready=record.ready)
             await self._agree_on_pause(record, domain)
         except StrataboxError as error:
             log.error("sandbox %s: its QEMU cannot be controlled: %s", record.id, error)
