@@ -66,7 +66,7 @@ class Lab:
 
     def in_background(self, script: str) -> None:
         """Leave something running in the guest."""
-        self.run(f"setsid sh -c '{script}' >/dev/null 2>&1 </dev/null &")
+        self.run(f"setsid /bin/sh -c '{script}' >/dev/null 2>&1 </dev/null &")
 
     def once_frozen(self, action: str) -> None:
         """Have the guest itself do something as soon as its file systems are frozen."""

@@ -44,7 +44,9 @@ class DaemonProcess:
         (folder / "config.toml").touch()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *, failpoints: str = "", environment: Mapping[str, str] | None = None) -> Client:
+    def start(
+        self, *, failpoints: str = "", environment: Mapping[str, str] | None = None
+    ) -> Client:
         """Start the daemon and return a client for it once it serves."""
         assert self._process is None
         extra = {"STRATABOX_FAILPOINTS": failpoints, **(environment or {})}
@@ -69,6 +71,11 @@ class DaemonProcess:
             client.close()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
+
+    @property
+    def runs(self) -> bool:
+        """A daemon has been started and has not ended."""
+        return self._process is not None and self._process.poll() is None
 
     @property
     def pid(self) -> int:

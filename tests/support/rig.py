@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from stratabox.client import Client, Sandbox, SandboxState, Snapshot, SnapshotLevel, SnapshotState
+from stratabox.client import Sandbox, SandboxState, Snapshot, SnapshotLevel, SnapshotState
 from support import disks
 from support.daemon import DaemonProcess, daemon
 

@@ -139,8 +139,8 @@ def test_blobs_live_as_long_as_a_record_needs_them(
     def boot(name: str) -> KernelBoot:
         return KernelBoot(kernel=blob(f"{name} k"), initrd=blob(f"{name} i"), command_line="")
 
-    store.firmware_folder({"bios-256k.bin": (bios := blob("bios"))})
-    store.firmware_folder({"bios-256k.bin": (host := blob("host"))})
+    bios_folder = store.firmware_folder({"bios-256k.bin": (bios := blob("bios"))})
+    host_folder = store.firmware_folder({"bios-256k.bin": (host := blob("host"))})
     old = maker.machine(firmware={"bios-256k.bin": bios})
     with catalog.transaction() as tx:
         image = images.insert(tx, maker.image(kernel_boot=boot("image")))
@@ -160,12 +160,12 @@ def test_blobs_live_as_long_as_a_record_needs_them(
         sandboxes.change(tx, sandbox.id, state=SandboxState.TERMINATING)
     store.sweep_blobs(catalog, [host])
     assert there() == everything - {"sandbox k", "sandbox i"}
-    assert {path.name for path in store.layout.firmware.iterdir()} == {bios, host}
+    assert set(store.layout.firmware.iterdir()) == {bios_folder, host_folder}
     with catalog.transaction() as tx:
         images.delete(tx, image.id)
         snapshots.delete(tx, snapshot.id)
     store.sweep_blobs(catalog, [host])
     assert there() == {"host"}
-    assert {path.name for path in store.layout.firmware.iterdir()} == {host}
+    assert set(store.layout.firmware.iterdir()) == {host_folder}
     store.sweep_blobs(catalog, [])
     assert files(store) == set()

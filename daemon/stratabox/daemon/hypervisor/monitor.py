@@ -153,9 +153,9 @@ class Monitor:
         try:
             async with asyncio.timeout(seconds):
                 while self._connection is None:
-                    await self._connected.wait()
                     if self._keeper is None:
                         raise UnavailableError("QEMU is gone.", reason="MONITOR_UNAVAILABLE")
+                    await self._connected.wait()
                 return self._connection
         except TimeoutError:
             raise UnavailableError(

@@ -14,7 +14,6 @@ Whether the transaction happened is never written down but asked of QEMU's block
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-from stratabox.daemon.hypervisor.agent import GuestAgent
+from stratabox.daemon.hypervisor.agent import REPLY_SECONDS, GuestAgent
 from stratabox.daemon.hypervisor.domain import Domain
 from stratabox.daemon.hypervisor.machine import ChainLayer
 from stratabox.daemon.lifecycle import policy
@@ -34,16 +33,19 @@ from stratabox.storage.catalog import layers, operations, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.catalog.operations import Operation
 from stratabox.storage.failpoints import hit
+from stratabox.storage.files.durable import host_error
 from stratabox.storage.files.store import NewOverlay
 from stratabox.storage.model.errors import FailedError, StrataboxError
 from stratabox.storage.model.ids import LayerId, mint
 from stratabox.storage.model.records import Layer, Sandbox, Snapshot, SnapshotDisk
-from stratabox.storage.model.states import LayerState, Level, SnapshotState
+from stratabox.storage.model.states import LayerState, Level, SandboxState, SnapshotState
 
 log = logging.getLogger(__name__)
 
 THAW_SECONDS = 60.0
 """How long a guest is asked to thaw before it is given up."""
+
+OWN_ERROR = "an error of the daemon's own; its log says more"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +97,23 @@ async def capture(world: World, guest: Guest, snapshot: Snapshot, operation: Ope
             snapshot.requested_level,
             world.config.default_level,
             sandbox,
-            agent_answers=await guest.agent_answers(),
+            # Asked only where it matters: a paused guest would be waited for in vain.
+            agent_answers=snapshot.requested_level is None
+            and sandbox.state is SandboxState.RUNNING
+            and await guest.agent_answers(),
         )
         return await _take(world, guest, sandbox, snapshot, operation, level)
     except UnsettledError:
         raise  # the record is written when the debt is paid
     except OSError as error:
-        await fail(world, snapshot, operation, f"the host's disk: {error.strerror or error}")
-        raise FailedError(
-            f"the host's disk failed: {error.strerror or error}", reason="HOST_DISK_FAILED"
-        ) from error
+        named = host_error(error)
+        await fail(world, snapshot, operation, named.message)
+        raise named from error
     except StrataboxError as error:
         await fail(world, snapshot, operation, error.message)
+        raise
+    except BaseException:
+        await fail(world, snapshot, operation, OWN_ERROR)
         raise
 
 
@@ -160,7 +167,8 @@ async def _take(
         outcome = await _switch_running(world, guest, operation, payload, steps, level)
     record = await finish(world, guest, snapshot, operation, steps, outcome)
     if record.state is SnapshotState.FAILED:
-        raise FailedError(record.failure_reason, reason="FREEZE_FAILED")
+        reason = outcome.reason if isinstance(outcome, StrataboxError) else "HOST_DISK_FAILED"
+        raise FailedError(record.failure_reason, reason=reason)
     return record
 
 
@@ -181,36 +189,52 @@ async def _switch_running(
         )
         for step in steps
     ]
-    switched = False
+    freeze = Freeze(world, guest.require_agent(), operation, payload)
     try:
         await domain.disks.prepare([new for _, new in pairs])
         if level is Level.CRASH:
             begun = time.monotonic()
             await domain.disks.switch(pairs)
-            switched = True
             hit("snapshot.switched")
             stall = timedelta(seconds=time.monotonic() - begun)
             return Outcome(consistency=level, frozen=0, stall=stall)
-        freeze = Freeze(world, guest.require_agent(), operation, payload)
         await freeze.begin()
         try:
             hit("snapshot.frozen")
             await freeze.write_count()
             hit("snapshot.freeze-counted")
             await domain.disks.switch(pairs)
-            switched = True
             hit("snapshot.switched")
         finally:
             thawed = await settle(freeze.end())
         hit("snapshot.thawed")
-        verdict = freeze.verdict(thawed)
-        if verdict:
-            return FailedError(verdict, reason="FREEZE_FAILED")
-        return Outcome(consistency=level, frozen=freeze.frozen, stall=freeze.stall)
-    except BaseException:
-        if not switched:
+    except BaseException as error:
+        if not await settle(_may_be_switched(domain, pairs)):
             await settle(_undo(world, domain, pairs))
-        raise
+            raise
+        if isinstance(error, OSError):
+            return host_error(error)
+        if isinstance(error, StrataboxError):
+            return error
+        log.exception("snapshot of %s", guest.id)
+        return FailedError(OWN_ERROR)
+    verdict = freeze.verdict(thawed)
+    if verdict:
+        return FailedError(verdict, reason="FREEZE_FAILED")
+    return Outcome(consistency=level, frozen=freeze.frozen, stall=freeze.stall)
+
+
+async def _may_be_switched(domain: Domain, pairs: Sequence[tuple[ChainLayer, ChainLayer]]) -> bool:
+    """Whether the transaction has happened, which an error on the way does not tell.
+
+    Where nobody can be asked, yes: on top of the old layers the new ones are right in either case,
+    and without them what was written since the switch would be lost.
+    """
+    try:
+        active = set((await domain.disks.active_layers()).values())
+    except StrataboxError:
+        return True
+    return any(new.node in active for _, new in pairs)
 
 
 async def _undo(
@@ -362,23 +386,23 @@ class Freeze:
         await self._note(freezing=True)
         hit("snapshot.freeze-intended")
         seconds = self._world.config.freeze_timeout
+        # Before the freeze is asked for nothing needs to be undone: an agent that is deaf
+        # already is not waited for a second time.
+        status = await self._agent.fsfreeze_status(min(seconds, REPLY_SECONDS))
         self._begun = time.monotonic()
         try:
-            async with asyncio.timeout(seconds + 5):
-                status = await self._agent.fsfreeze_status()
-                if status != "thawed":
-                    raise FailedError(
-                        f"the guest's file systems were {status} already, by somebody else;"
-                        " they have been thawed",
-                        reason="FREEZE_FAILED",
-                    )
-                self.frozen = await self._agent.fsfreeze_freeze(seconds)
+            if status != "thawed":
+                raise FailedError(
+                    f"the guest's file systems were {status} already, by somebody else;"
+                    " they have been thawed",
+                    reason="FREEZE_FAILED",
+                )
+            self.frozen = await self._agent.fsfreeze_freeze(seconds)
+            if self.frozen == 0:
+                raise FailedError("the guest's agent froze no file system", reason="FREEZE_FAILED")
         except BaseException:
             await settle(self.end())
             raise
-        if self.frozen == 0:
-            await settle(self.end())
-            raise FailedError("the guest's agent froze no file system", reason="FREEZE_FAILED")
 
     async def write_count(self) -> None:
         """Persist how many were frozen, so that a killed daemon can still judge the thaw."""
@@ -396,6 +420,11 @@ class Freeze:
             return None
         if thawed is None:
             return "the guest's agent did not say how many file systems it thawed"
+        if thawed > self.frozen:
+            return (
+                f"{thawed - self.frozen} of the guest's {thawed} file systems were frozen already,"
+                " by somebody else; they have been thawed"
+            )
         return (
             f"{self.frozen} file systems were frozen but {thawed} were thawed: something in the"
             " guest ended the freeze early"

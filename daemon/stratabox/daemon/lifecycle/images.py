@@ -24,7 +24,7 @@ from stratabox.daemon.lifecycle.world import World
 from stratabox.storage.catalog import images, layers, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.failpoints import hit
-from stratabox.storage.model.errors import DeniedError, FailedError
+from stratabox.storage.model.errors import DeniedError
 from stratabox.storage.model.ids import ImageId, mint
 from stratabox.storage.model.records import Image, KernelBoot, Layer
 from stratabox.storage.model.states import ImageState, LayerState
@@ -163,11 +163,6 @@ class Images:
             built = await builder(work)
             hit("image.built")
             record, replaced = await settle(self._store(image.id, name, built))
-        except OSError as error:
-            await settle(self.discard(image.id))
-            raise FailedError(
-                f"the host's disk failed: {error.strerror or error}", reason="HOST_DISK_FAILED"
-            ) from error
         except BaseException:
             await settle(self.discard(image.id))
             raise

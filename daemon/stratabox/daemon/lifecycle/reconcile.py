@@ -19,7 +19,7 @@ from stratabox.daemon.hypervisor.domain import Domain
 from stratabox.daemon.hypervisor.machine import ChainLayer, DomainHandle
 from stratabox.daemon.lifecycle.capture import Outcome, Switch, fail, finish, switches_of, thaw
 from stratabox.daemon.lifecycle.clones import Clones
-from stratabox.daemon.lifecycle.guest import PAUSED_BY_USER, Guest
+from stratabox.daemon.lifecycle.guest import PAUSED_BY_DISK, PAUSED_BY_USER, Guest
 from stratabox.daemon.lifecycle.guests import Guests
 from stratabox.daemon.lifecycle.images import Images
 from stratabox.daemon.lifecycle.reverts import Reverts
@@ -70,7 +70,8 @@ class Reconcile:
         for handle in handles.values():
             log.warning("ending domain %s, which no sandbox has", handle.sandbox)
             await world.launcher.stop(handle)
-        for operation in unfinished:
+        # Clones last: what they undo is settled then, their snapshot above all.
+        for operation in sorted(unfinished, key=lambda each: each.kind is Kind.CLONE):
             await self._operation(operation)
         for record in await world.read(sandboxes.everything):
             if record.state is SandboxState.TERMINATING:
@@ -131,9 +132,18 @@ class Reconcile:
             )
 
     async def _agree_on_pause(self, record: Sandbox, domain: Domain) -> None:
-        """Killed between the act and the record: a promised pause stays, any other ends."""
+        """Killed between the act and the record: a promised pause stays, any other ends.
+
+        What QEMU stopped by itself, without a daemon that would have heard of it, stays stopped.
+        """
         status = await domain.status()
-        if status == "running" and record.state is SandboxState.PAUSED:
+        if status == "io-error" and record.state is SandboxState.RUNNING:
+            await self._world.change_sandbox(
+                record.id, state=SandboxState.PAUSED, state_reason=PAUSED_BY_DISK
+            )
+        elif status in ("guest-panicked", "internal-error"):
+            raise FailedError(f"its guest was stopped for good ({status})")
+        elif status == "running" and record.state is SandboxState.PAUSED:
             await self._world.change_sandbox(record.id, state=SandboxState.RUNNING, state_reason="")
         elif status in ("paused", "prelaunch") and record.state is SandboxState.RUNNING:
             await domain.cont()
@@ -153,7 +163,7 @@ class Reconcile:
                     await self._revert(operation)
                 case Kind.CLONE:
                     await self._clones.undo(operation)
-        except StrataboxError as error:
+        except (StrataboxError, OSError) as error:
             # The row stays, and the next start tries again; the rest must not wait for it.
             log.error("%s %s could not be settled: %s", operation.kind, operation.id, error)
 
@@ -241,6 +251,10 @@ def _is_unmade(world: World, steps: list[Switch]) -> bool:
 
 def _judge(guest: Guest, operation: Operation, thawed: int | None) -> Outcome | StrataboxError:
     """What a snapshot achieved whose transaction happened but whose record was never finished."""
+    if operation.payload.get("running") and guest.domain is None:
+        return FailedError(
+            "its QEMU ended while the daemon was away: at which instant cannot be told any more"
+        )
     level = Level(operation.payload["level"])
     frozen = operation.payload.get("frozen", 0)
     if level is Level.CRASH or not operation.payload.get("running"):

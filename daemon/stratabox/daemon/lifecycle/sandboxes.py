@@ -28,7 +28,6 @@ from stratabox.storage.failpoints import hit
 from stratabox.storage.files.store import NewOverlay
 from stratabox.storage.model.errors import (
     DeniedError,
-    FailedError,
     InvalidArgumentError,
     NoSpaceError,
 )
@@ -190,11 +189,6 @@ class Sandboxes:
             if wanted.ready_timeout is None:
                 return record
             return await guest.wait_ready(wanted.ready_timeout)
-        except OSError as error:
-            await settle(self.erase(operation.sandbox))
-            raise FailedError(
-                f"the host's disk failed: {error.strerror or error}", reason="HOST_DISK_FAILED"
-            ) from error
         except BaseException:
             await settle(self.erase(operation.sandbox))
             raise

@@ -10,6 +10,7 @@ by name: it gets descriptors, so its own uid needs no right to any file.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stratabox.storage.catalog import gc, images, layers, sandboxes, snapshots
-from stratabox.storage.catalog.database import Catalog, Transaction
+from stratabox.storage.catalog.database import Catalog, Transaction, json_of
 from stratabox.storage.catalog.machines import blobs_of
 from stratabox.storage.failpoints import hit
 from stratabox.storage.files import durable
@@ -136,11 +137,11 @@ class Store:
     def firmware_folder(self, files: Mapping[str, Sha256]) -> Path:
         """A folder with those blobs under those names, for QEMU's ``-L``.
 
-        Made again at every use, so that a lost one costs nothing; its own name is the BIOS's hash.
+        Made again at every use, so that a lost one costs nothing; named by the hash of what is in it.
 
         :raise CorruptError: BLOB_MISSING, when a blob is not there.
         """
-        folder = self.layout.firmware / files["bios-256k.bin"]
+        folder = self.layout.firmware / hashlib.sha256(json_of(dict(files)).encode()).hexdigest()
         # QEMU enters it under a uid of its own, through an inherited descriptor.
         folder.mkdir(mode=0o755, exist_ok=True)
         folder.chmod(0o755)
@@ -232,12 +233,13 @@ class Store:
         """
         with catalog.transaction() as tx:
             wanted = _needed_blobs(tx) | set(keep)
-        for path in self.layout.firmware.iterdir():
-            if path.name not in wanted:
-                shutil.rmtree(path)
         for path in self.layout.blobs.iterdir():
             if path.name not in wanted:
                 path.unlink()
+        for folder in self.layout.firmware.iterdir():
+            # Hard links: one whose blob is gone is the last name of its file.
+            if any(path.stat().st_nlink == 1 for path in folder.iterdir()):
+                shutil.rmtree(folder)
 
 
 def _needed_blobs(tx: Transaction) -> set[Sha256]:
