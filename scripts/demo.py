@@ -132,8 +132,9 @@ def show(client: Client, screen: Screen) -> None:
                      + ", ".join(text_of(copy, "cat /root/mine") for copy in copies))  # fmt: skip
     with screen.step("delete the snapshot that all stand on") as notes:
         deleted = client.snapshots.delete(baseline.id)
-        notes.append(f"{len(deleted.kept_for)} still need its layer")
-        notes.append(f"the restored one still reads {text_of(restored, 'cat /root/notes')!r}")
+        notes.append(f"{len(deleted.kept_for)} sandboxes and snapshots stand on it")
+        kept = text_of(restored, "cat /root/notes")
+        notes.append(f"the restored one still reads {kept!r}")
     with screen.step("delete everything") as notes:
         for sandbox in client.sandboxes.list():
             sandbox.delete()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import signal
 import sqlite3
 import subprocess
@@ -109,6 +110,15 @@ class DaemonProcess:
         for pid in self.guests().values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def kill_guest(self, sandbox: str) -> None:
+        """End one sandbox's QEMU, as the host's own killer would, and see it gone."""
+        pidfd = os.pidfd_open(self.guests()[sandbox])
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            assert select.select([pidfd], [], [], 60)[0]
+        finally:
+            os.close(pidfd)
 
     def store_id(self) -> str:
         """The store's id, as its domains' names carry it."""

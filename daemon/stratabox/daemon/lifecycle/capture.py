@@ -27,7 +27,7 @@ from stratabox.daemon.hypervisor.machine import ChainLayer
 from stratabox.daemon.lifecycle import policy
 from stratabox.daemon.lifecycle.events import Happening
 from stratabox.daemon.lifecycle.guest import Guest
-from stratabox.daemon.lifecycle.threads import in_thread, settle
+from stratabox.daemon.lifecycle.threads import in_thread, settle, undone_by
 from stratabox.daemon.lifecycle.world import World
 from stratabox.storage.catalog import layers, operations, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
@@ -91,6 +91,7 @@ async def capture(world: World, guest: Guest, snapshot: Snapshot, operation: Ope
     :raise StrataboxError: why it failed; the record is FAILED and the operation over by then.
     """
     try:
+        hit("snapshot.row-written")
         await guest.settle()
         sandbox = await guest.record()
         level = policy.choose_level(
@@ -158,7 +159,10 @@ async def _take(
     await world.write(lambda tx: operations.amend(tx, operation.id, payload))
     overlays = [NewOverlay(step.new, step.old, step.size) for step in steps]
     await in_thread(world.store.make_overlays, overlays)
-    hit("snapshot.overlays-made")
+    async with undone_by(
+        lambda: in_thread(world.store.remove_overlays, [step.new for step in steps])
+    ):
+        hit("snapshot.overlays-made")
     domain = guest.domain
     outcome: Outcome | StrataboxError
     if domain is None:

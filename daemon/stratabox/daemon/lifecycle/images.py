@@ -19,7 +19,7 @@ from stratabox.daemon.images.importer import import_disk
 from stratabox.daemon.images.tiny import build_tiny
 from stratabox.daemon.lifecycle import policy
 from stratabox.daemon.lifecycle.events import Happening
-from stratabox.daemon.lifecycle.threads import in_thread, settle
+from stratabox.daemon.lifecycle.threads import in_thread, settle, undone_by
 from stratabox.daemon.lifecycle.world import World
 from stratabox.storage.catalog import images, layers, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
@@ -196,7 +196,6 @@ class Images:
 
         image_record = await self._world.read(lambda tx: images.get(tx, image))
         layer, boot = await in_thread(take)
-        hit("image.files-stored")
 
         def write(tx: Transaction) -> tuple[Image, ImageId | None]:
             replaced = _take_name(tx, name, image)
@@ -212,7 +211,9 @@ class Images:
             )
             return ready, replaced
 
-        record, replaced = await self._world.write(write)
+        async with undone_by(lambda: in_thread(store.remove_overlays, [layer.id])):
+            hit("image.files-stored")
+            record, replaced = await self._world.write(write)
         hit("image.ready-written")
         self._world.bus.publish(Happening.UPDATED, record)
         return record, replaced

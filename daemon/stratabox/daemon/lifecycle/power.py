@@ -52,24 +52,22 @@ async def stop(world: World, guest: Guest, *, force: bool, timeout: float) -> Sa
         if sandbox.state is SandboxState.STOPPED:
             return sandbox
         policy.require_state(sandbox, SandboxState.RUNNING, SandboxState.PAUSED, action="stop")
-        clean = False
-        # Without a domain it was ended before, and the catalog could not be told.
-        if not force and sandbox.state is SandboxState.RUNNING and guest.domain is not None:
-            clean = await _shut_down(guest, timeout)
+        if force:
+            why_not = "by request"
+        elif sandbox.state is SandboxState.PAUSED:
+            why_not = "a paused guest cannot be asked"
+        elif guest.domain is None:
+            why_not = "it had been ended, and the catalog could not be told"
+        else:
+            why_not = await _shut_down(guest, timeout)
         await guest.end()
         hit("stop.stopped")
-        if clean:
-            reason = "shut down by request"
-        elif force:
-            reason = "power cut by request"
-        else:
-            reason = "power cut: the guest did not shut down in time"
         return await world.change_sandbox(
             guest.id,
             state=SandboxState.STOPPED,
-            state_reason=reason,
+            state_reason=f"power cut: {why_not}" if why_not else "shut down by request",
             ready=False,
-            clean_shutdown=clean,
+            clean_shutdown=not why_not,
         )
 
 
@@ -136,20 +134,23 @@ async def execute(
     )
 
 
-async def _shut_down(guest: Guest, timeout: float) -> bool:
-    """Ask the guest to power off; tell whether it did, in order and in time."""
+async def _shut_down(guest: Guest, timeout: float) -> str:
+    """Ask the guest to power off; say why it did not, in order and in time. "": it did."""
     domain, agent = guest.require_domain(), guest.require_agent()
     if not guest.is_ready:
-        return False
+        return "the guest's agent had not answered yet"
     try:
         await agent.shutdown()
     except StrataboxError as error:
         log.warning("sandbox %s: no orderly shutdown: %s", guest.id, error)
-        return False
+        return f"the guest did not take the request: {error.message}"
     hurry = asyncio.create_task(guest.hurry.wait())
     try:
         either: set[asyncio.Future[Any]] = {hurry, domain.exited}
         await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        return domain.exited.done() and domain.exited.result().guest
+        if domain.exited.done():
+            ending = domain.exited.result()
+            return "" if ending.guest else ending.reason
+        return "the guest did not shut down in time"
     finally:
         hurry.cancel()

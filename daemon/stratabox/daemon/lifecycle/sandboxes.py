@@ -163,7 +163,12 @@ class Sandboxes:
 
     async def _delete(self, sandbox: SandboxId) -> None:
         record = await self.end(sandbox)
-        await self._world.write(lambda tx: sandboxes.delete(tx, sandbox))
+
+        def write(tx: Transaction) -> None:
+            sandboxes.get(tx, sandbox)  # of two deletes at once, one must be told that it is gone
+            sandboxes.delete(tx, sandbox)
+
+        await self._world.write(write)
         hit("delete-sandbox.row-removed")
         self._guests.forget(sandbox)
         self._world.bus.publish(Happening.DELETED, record)

@@ -206,7 +206,6 @@ class Snapshots:
             )
 
         record = await self._world.write(write)
-        hit("snapshot.row-written")
         self._world.bus.publish(Happening.CREATED, record)
         return record, operation
 
