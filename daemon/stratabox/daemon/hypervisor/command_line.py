@@ -142,7 +142,9 @@ def layer_node(
             "node-name": layer.file_node,
             "filename": filename,
             "aio": "threads",
-            "locking": "on",
+            # A layer that was sealed under a paused guest stays locked until that runs again (QEMU
+            # keeps the writing descriptor so long), and its readers must not wait for that.
+            "locking": "off" if read_only else "on",
             "discard": "ignore",
             "cache": {"direct": False, "no-flush": False},
         },

@@ -14,6 +14,7 @@ Whether the transaction happened is never written down but asked of QEMU's block
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
@@ -41,6 +42,9 @@ from stratabox.storage.model.records import Layer, Sandbox, Snapshot, SnapshotDi
 from stratabox.storage.model.states import LayerState, Level, SandboxState, SnapshotState
 
 log = logging.getLogger(__name__)
+
+END_SECONDS = 5.0
+"""How long to wait for word of why a QEMU that is gone has ended."""
 
 THAW_SECONDS = 60.0
 """How long a guest is asked to thaw before it is given up."""
@@ -169,10 +173,11 @@ async def _take(
         outcome = Outcome(consistency=level, frozen=0, stall=None)
     else:
         outcome = await _switch_running(world, guest, operation, payload, steps, level)
-    record = await finish(world, guest, snapshot, operation, steps, outcome)
-    if record.state is SnapshotState.FAILED:
-        reason = outcome.reason if isinstance(outcome, StrataboxError) else "HOST_DISK_FAILED"
-        raise FailedError(record.failure_reason, reason=reason)
+        if isinstance(outcome, StrataboxError) and not world.launcher.is_alive(domain.handle):
+            outcome = await _name_the_end(domain, outcome)
+    record, outcome = await finish(world, guest, snapshot, operation, steps, outcome)
+    if isinstance(outcome, StrataboxError):
+        raise outcome
     return record
 
 
@@ -241,6 +246,16 @@ async def _may_be_switched(domain: Domain, pairs: Sequence[tuple[ChainLayer, Cha
     return any(new.node in active for _, new in pairs)
 
 
+async def _name_the_end(domain: Domain, error: StrataboxError) -> StrataboxError:
+    """The guest's end as the reason, where an error came of that."""
+    await asyncio.wait({domain.exited}, timeout=END_SECONDS)
+    if not domain.exited.done() or domain.exited.cancelled():
+        return error
+    return FailedError(
+        f"the guest ended while it was taken: {domain.exited.result().reason}", reason="GUEST_ENDED"
+    )
+
+
 async def _undo(
     world: World, domain: Domain, pairs: Sequence[tuple[ChainLayer, ChainLayer]]
 ) -> None:
@@ -259,11 +274,12 @@ async def finish(
     operation: Operation,
     steps: Sequence[Switch],
     outcome: Outcome | StrataboxError,
-) -> Snapshot:
+) -> tuple[Snapshot, Outcome | StrataboxError]:
     """Seal what was switched away from and write it all down in one transaction.
 
     The chain has grown whatever the outcome; a failed one leaves no snapshot on it.
 
+    :return: the record, and the outcome: sealing can have failed too.
     :raise UnsettledError: when the catalog cannot be written now; the guest owes it.
     """
     old_layers = [step.old for step in steps]
@@ -272,10 +288,9 @@ async def finish(
         layer_bytes = await in_thread(world.store.seal, old_layers)
         hit("snapshot.sealed")
     except OSError as error:
-        outcome = FailedError(
-            f"the sealed layers could not be made durable: {error.strerror or error}",
-            reason="HOST_DISK_FAILED",
-        )
+        outcome = host_error(error)
+    except StrataboxError as error:
+        outcome = error
 
     def write(tx: Transaction) -> Snapshot:
         live = sandboxes.get(tx, guest.id)
@@ -322,21 +337,25 @@ async def finish(
             parent=parent,
         )
 
-    async def settle_it() -> Snapshot:
-        record = await world.write(write)
-        hit("snapshot.ready-written")
-        world.bus.publish(Happening.UPDATED, record)
-        return record
+    records: list[Snapshot] = []
 
+    async def pay() -> None:
+        record = await world.write(write)
+        world.bus.publish(Happening.UPDATED, record)
+        records.append(record)
+
+    # Owed until it is paid, whatever comes in between: the disks *were* switched.
+    guest.owe(pay)
     try:
-        return await settle_it()
+        await guest.settle()
     except StrataboxError as error:
-        guest.owe(settle_it)
         raise UnsettledError(
             f"the snapshot was taken but could not be written down: {error.message}; it will be"
             " before anything else happens to the sandbox",
             snapshot_id=snapshot.id,
         ) from error
+    hit("snapshot.ready-written")
+    return records[0], outcome
 
 
 def _parent(tx: Transaction, layer: LayerId) -> Any:

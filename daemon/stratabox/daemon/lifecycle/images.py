@@ -159,16 +159,19 @@ class Images:
         try:
             hit("image.row-written")
             world.bus.publish(Happening.CREATED, image)
-            await in_thread(work.mkdir, mode=0o700)
-            built = await builder(work)
-            hit("image.built")
-            record, replaced = await settle(self._store(image.id, name, built))
+            try:
+                await in_thread(work.mkdir, mode=0o700)
+                built = await builder(work)
+                hit("image.built")
+                record, replaced = await settle(self._store(image.id, name, built))
+            finally:
+                # First of all: on a full disk the catalog can take nothing before this is gone.
+                await in_thread(shutil.rmtree, work, ignore_errors=True)
         except BaseException:
             await settle(self.discard(image.id))
             raise
         finally:
             self._busy.discard(image.id)
-            await in_thread(shutil.rmtree, work, ignore_errors=True)
         if replaced is not None:
             await self._retire(replaced)
         return record

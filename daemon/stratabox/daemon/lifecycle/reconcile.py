@@ -30,7 +30,12 @@ from stratabox.storage.catalog import images, operations, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.catalog.operations import Kind, Operation
 from stratabox.storage.files.store import NewOverlay
-from stratabox.storage.model.errors import FailedError, NotFoundError, StrataboxError
+from stratabox.storage.model.errors import (
+    FailedError,
+    NotFoundError,
+    StrataboxError,
+    UnavailableError,
+)
 from stratabox.storage.model.ids import LayerId
 from stratabox.storage.model.records import Sandbox, Snapshot
 from stratabox.storage.model.states import ImageState, Level, SandboxState
@@ -119,8 +124,8 @@ class Reconcile:
         guest = self._guests.of(record.id)
         try:
             domain = await guest.adopt(handle, ready=record.ready)
-            await self._agree_on_pause(record, domain)
-        except StrataboxError as error:
+            status = await self._status(record, domain)
+        except (UnavailableError, FailedError) as error:
             log.error("sandbox %s: its QEMU cannot be controlled: %s", record.id, error)
             await guest.end()
             await world.launcher.stop(handle)
@@ -130,25 +135,30 @@ class Reconcile:
                 state_reason=f"its QEMU could not be taken over and was ended: {error.message}",
                 ready=False,
             )
+            return
+        await self._agree_on_pause(record, status)
 
-    async def _agree_on_pause(self, record: Sandbox, domain: Domain) -> None:
-        """Killed between the act and the record: a promised pause stays, any other ends.
+    async def _status(self, record: Sandbox, domain: Domain) -> str:
+        """What the domain does, once a pause that was never promised has ended.
 
-        What QEMU stopped by itself, without a daemon that would have heard of it, stays stopped.
+        :raise FailedError: when QEMU has stopped its guest for good.
         """
         status = await domain.status()
-        if status == "io-error" and record.state is SandboxState.RUNNING:
-            await self._world.change_sandbox(
-                record.id, state=SandboxState.PAUSED, state_reason=PAUSED_BY_DISK
-            )
-        elif status in ("guest-panicked", "internal-error"):
+        if status in ("guest-panicked", "internal-error"):
             raise FailedError(f"its guest was stopped for good ({status})")
-        elif status == "running" and record.state is SandboxState.PAUSED:
-            await self._world.change_sandbox(record.id, state=SandboxState.RUNNING, state_reason="")
-        elif status in ("paused", "prelaunch") and record.state is SandboxState.RUNNING:
+        if status in ("paused", "prelaunch") and record.state is SandboxState.RUNNING:
             await domain.cont()
-        elif status == "paused" and not record.state_reason:
-            await self._world.change_sandbox(record.id, state_reason=PAUSED_BY_USER)
+        return status
+
+    async def _agree_on_pause(self, record: Sandbox, status: str) -> None:
+        """Killed between the act and the record; or nobody heard that QEMU stopped by itself."""
+        change = self._world.change_sandbox
+        if status == "io-error" and record.state is SandboxState.RUNNING:
+            await change(record.id, state=SandboxState.PAUSED, state_reason=PAUSED_BY_DISK)
+        elif status == "running" and record.state is SandboxState.PAUSED:
+            await change(record.id, state=SandboxState.RUNNING, state_reason="")
+        elif record.state is SandboxState.PAUSED and not record.state_reason:
+            await change(record.id, state_reason=PAUSED_BY_USER)
 
     async def _operation(self, operation: Operation) -> None:
         log.info("finishing or undoing %s %s", operation.kind, operation.id)
@@ -186,15 +196,25 @@ class Reconcile:
             return
         guest = self._guests.of(sandbox_id)
         async with guest.lock:
-            thawed = await self._thaw(guest, operation)
-            steps = switches_of(operation.payload)
-            if not await self._was_switched(guest, steps):
-                await self._drop(guest, steps)
-                reason = "the daemon was stopped before it was taken"
-                await fail(self._world, snapshot, operation, reason)
-                return
-            outcome = _judge(guest, operation, thawed)
-            await finish(self._world, guest, snapshot, operation, steps, outcome)
+            try:
+                await self._settle_snapshot(guest, snapshot, operation)
+            except (StrataboxError, OSError):
+                # Until it is settled nothing may trust the record's disks.
+                guest.owe(lambda: self._settle_snapshot(guest, snapshot, operation))
+                raise
+
+    async def _settle_snapshot(
+        self, guest: Guest, snapshot: Snapshot, operation: Operation
+    ) -> None:
+        thawed = await self._thaw(guest, operation)
+        steps = switches_of(operation.payload)
+        if not await self._was_switched(guest, steps):
+            await self._drop(guest, steps)
+            reason = "the daemon was stopped before it was taken"
+            await fail(self._world, snapshot, operation, reason)
+            return
+        outcome = _judge(guest, operation, thawed)
+        await finish(self._world, guest, snapshot, operation, steps, outcome)
 
     async def _thaw(self, guest: Guest, operation: Operation) -> int | None:
         """Undo a freeze that a killed daemon left; how many file systems it thawed."""

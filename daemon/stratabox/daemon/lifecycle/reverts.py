@@ -85,6 +85,7 @@ class Reverts:
                 await in_thread(world.store.make_overlays, overlays)
                 hit("revert.overlays-made")
                 record = await self.switch_disks(guest, operation)
+            hit("revert.disks-switched")
             if boots:
                 record = await self.boot(guest, record, operation)
         await world.sweep()
@@ -93,7 +94,6 @@ class Reverts:
     async def boot(self, guest: Guest, record: Sandbox, operation: Operation) -> Sandbox:
         """Boot what the disks were switched to; when that fails, it stays stopped and is over."""
         try:
-            hit("revert.disks-switched")
             return await guest.boot(record, lambda tx: operations.end(tx, operation.id))
         except (StrataboxError, OSError) as error:
             await self._world.write(lambda tx: operations.end(tx, operation.id))
