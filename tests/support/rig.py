@@ -6,7 +6,14 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from stratabox.client import Sandbox, SandboxState, Snapshot, SnapshotLevel, SnapshotState
+from stratabox.client import (
+    ExecuteResult,
+    Sandbox,
+    SandboxState,
+    Snapshot,
+    SnapshotLevel,
+    SnapshotState,
+)
 from support import disks
 from support.daemon import DaemonProcess, daemon
 
@@ -22,7 +29,8 @@ class Rig:
         self.process = process
         self.client = process.start()
         self.client.images.build_tiny()
-        self.witness = self.create(data_disks=[1]).wait_ready(timeout=120)
+        self.witness = self.create(data_disks=[1])
+        self.witness.wait_ready(timeout=120)
         self._marks = 0
         self._expected: dict[str, str] = {}
         self._seals: dict[str, str] = {}
@@ -39,15 +47,17 @@ class Rig:
         self.process.kill()
         self.client = self.process.start(failpoints=failpoints)
 
+    def execute(self, line: str) -> ExecuteResult:
+        """Run a line in the witness, within five seconds."""
+        return self.client.sandboxes.execute(self.witness.id, line, timeout=5)
+
     def mark(self) -> str:
         """Let the witness write something new to both its disks, and put it on the disk."""
         self._marks += 1
         mark = f"mark-{self._marks}"
-        result = self.client.sandboxes.execute(
-            self.witness.id,
+        result = self.execute(
             f"echo {mark} > /marker && sync"
-            f" && echo {mark} | dd of=/dev/vdb bs=512 conv=sync,fsync,notrunc 2>/dev/null",
-            timeout=5,
+            f" && echo {mark} | dd of=/dev/vdb bs=512 conv=sync,fsync,notrunc 2>/dev/null"
         )
         assert result.exit_code == 0, result
         return mark

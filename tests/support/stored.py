@@ -1,4 +1,4 @@
-"""What a store holds on the disk, told apart by record: the layers under snapshots and sandboxes."""
+"""What a store holds on the disk, record by record: the layers under snapshots and sandboxes."""
 
 from __future__ import annotations
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.records import Maker
 
 from stratabox.storage import failpoints
 from stratabox.storage.catalog.database import Catalog
 from stratabox.storage.files.layout import Layout
 from stratabox.storage.files.store import Store
+from support.records import Maker
 
 
 @pytest.fixture

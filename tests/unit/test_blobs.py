@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.files import files, mode
-from support.records import Maker
 
 from stratabox.storage.catalog import images, sandboxes, snapshots
 from stratabox.storage.catalog.database import Catalog
@@ -20,6 +18,8 @@ from stratabox.storage.model.errors import CorruptError, NoSpaceError
 from stratabox.storage.model.ids import Sha256
 from stratabox.storage.model.records import KernelBoot
 from stratabox.storage.model.states import SandboxState
+from support.files import files, mode
+from support.records import Maker
 
 
 def test_a_blob_is_kept_by_its_content(store: Store, tmp_path: Path, synced: list[str]) -> None:

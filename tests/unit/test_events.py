@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 import pytest
-from support.records import Maker
 
 from stratabox.daemon.lifecycle.events import BACKLOG, Bus, Event, Happening, Record, Subscription
 from stratabox.storage.model.errors import ConflictError
 from stratabox.storage.model.records import Sandbox
+from support.records import Maker
 
 
 async def take(events: AsyncIterator[Event], count: int) -> list[Event]:

@@ -117,7 +117,8 @@ def test_the_whole_chain_is_spelled_out_from_the_image_up() -> None:
     for node in nodes:
         assert "read-only" not in node["file"]  # else it would not follow its parent
         assert (node["discard"], node["detect-zeroes"]) == ("ignore", "off")
-        assert (node["file"]["aio"], node["file"]["locking"]) == ("threads", "on")
+        assert node["file"]["aio"] == "threads"
+        assert node["file"]["locking"] == ("off" if node["read-only"] else "on")
         assert len(node["node-name"]) <= 31
     assert devices(arguments)["disk0"]["drive"] == active.node
 

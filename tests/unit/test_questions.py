@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from support.records import Maker
 
 from stratabox.storage.catalog import images, layers, sandboxes, snapshots
 from stratabox.storage.catalog.database import Catalog
@@ -17,6 +16,7 @@ from stratabox.storage.model.states import (
     SandboxState,
     SnapshotState,
 )
+from support.records import Maker
 
 
 def test_an_image_name_is_taken_once(catalog: Catalog, maker: Maker) -> None:

@@ -9,7 +9,6 @@ from typing import TypeVar
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.records import scratch
 
 from stratabox.storage.catalog import images, layers, machines, operations, sandboxes, snapshots
 from stratabox.storage.catalog.database import Catalog, Transaction, text_of
@@ -40,12 +39,15 @@ from stratabox.storage.model.states import (
     SandboxState,
     SnapshotState,
 )
+from support.records import scratch
 
 T = TypeVar("T")
 
 # All examples of a test share its catalog; each is rolled back.
 example = settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

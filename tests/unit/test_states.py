@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-from support.records import Maker, scratch
 
 from stratabox.storage.catalog import images, sandboxes, snapshots
 from stratabox.storage.catalog.database import Catalog
@@ -18,6 +17,7 @@ from stratabox.storage.model.states import (
     SandboxState,
     SnapshotState,
 )
+from support.records import Maker, scratch
 
 
 def test_sandbox_states(catalog: Catalog, maker: Maker) -> None:

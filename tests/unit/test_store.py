@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.files import files, mode
-from support.records import Maker
 
 from stratabox.storage.catalog import layers, sandboxes, snapshots
 from stratabox.storage.catalog.database import Catalog
@@ -23,6 +21,8 @@ from stratabox.storage.model.ids import LayerId, SandboxId, Sha256, mint
 from stratabox.storage.model.records import MIB, Layer
 from stratabox.storage.model.states import LayerState
 from stratabox.storage.qcow2 import header, qemu_img
+from support.files import files, mode
+from support.records import Maker
 
 SIZE = 64 * MIB
 
