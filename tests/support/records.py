@@ -19,7 +19,6 @@ from stratabox.storage.model.records import (
     Machine,
     Sandbox,
     Snapshot,
-    SnapshotDisk,
 )
 from stratabox.storage.model.states import ImageState, LayerState, SandboxState, SnapshotState
 
@@ -104,7 +103,7 @@ class Maker:
             "machine": self.machine(),
             "created_at": self.when(),
             "disks": tuple(
-                SnapshotDisk(index=index, layer=layer, size=GIB, serial=f"disk{index}")
+                Disk(index=index, layer=layer, size=GIB, serial=f"disk{index}")
                 for index, layer in enumerate(layers_)
             ),
         }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stratabox.client import (
@@ -16,6 +17,14 @@ from stratabox.client import (
 )
 from support import disks
 from support.daemon import DaemonProcess, daemon
+
+
+def eventually(fact: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for what nobody tells: the state of processes, files and of a QEMU without a daemon."""
+    deadline = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 class Rig:
@@ -31,6 +40,7 @@ class Rig:
         self.client.images.build_tiny()
         self.witness = self.create(data_disks=[1])
         self.witness.wait_ready(timeout=120)
+        self._armed = False
         self._marks = 0
         self._expected: dict[str, str] = {}
         self._seals: dict[str, str] = {}
@@ -45,7 +55,14 @@ class Rig:
         """End the daemon as a crash would, if it runs, and start one with these failpoints."""
         self.client.close()
         self.process.kill()
+        self._armed = True
         self.client = self.process.start(failpoints=failpoints)
+        self._armed = bool(failpoints)
+
+    def calm(self) -> None:
+        """See to it that a daemon without failpoints runs, whatever a test before has left."""
+        if self._armed or not self.process.runs:
+            self.restart()
 
     def execute(self, line: str) -> ExecuteResult:
         """Run a line in the witness, within five seconds."""

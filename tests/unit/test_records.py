@@ -30,7 +30,6 @@ from stratabox.storage.model.records import (
     Machine,
     Sandbox,
     Snapshot,
-    SnapshotDisk,
 )
 from stratabox.storage.model.states import (
     ImageState,
@@ -144,7 +143,7 @@ snapshots_ = st.builds(
     consistency=levels,
     disks=disks.map(
         lambda found: tuple(
-            SnapshotDisk(index=disk.index, layer=disk.layer, size=disk.size, serial=disk.serial)
+            Disk(index=disk.index, layer=disk.layer, size=disk.size, serial=disk.serial)
             for disk in found
         )
     ),

@@ -38,7 +38,7 @@ from stratabox.storage.files.durable import host_error
 from stratabox.storage.files.store import NewOverlay
 from stratabox.storage.model.errors import FailedError, StrataboxError
 from stratabox.storage.model.ids import LayerId, mint
-from stratabox.storage.model.records import Layer, Sandbox, Snapshot, SnapshotDisk
+from stratabox.storage.model.records import Disk, Layer, Sandbox, Snapshot
 from stratabox.storage.model.states import LayerState, Level, SandboxState, SnapshotState
 
 log = logging.getLogger(__name__)
@@ -329,7 +329,7 @@ async def finish(
             frozen=outcome.frozen,
             stall=outcome.stall,
             disks=tuple(
-                SnapshotDisk(index=step.index, layer=step.old, size=step.size, serial=step.serial)
+                Disk(index=step.index, layer=step.old, size=step.size, serial=step.serial)
                 for step in steps
             ),
             layer_bytes=layer_bytes,
