@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from stratabox.client import BuildProgress, Client, Sandbox
+from stratabox.client import BuildProgress, Client, Sandbox, Snapshot
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stratabox"
 
@@ -84,6 +84,11 @@ def text_of(sandbox: Sandbox, command: str) -> str:
     return result.stdout.decode().strip()
 
 
+def stall_ms(snapshot: Snapshot) -> float:
+    """How long the guest's writes stood still for it."""
+    return snapshot.stall.total_seconds() * 1e3 if snapshot.stall else 0
+
+
 def main() -> None:
     """Do it."""
     screen = Screen()
@@ -111,14 +116,14 @@ def show(client: Client, screen: Screen) -> None:
         notes.append("wrote /root/notes")
     with screen.step("snapshot, application-consistent") as notes:
         baseline = box.snapshot(name="baseline")
-        stall = baseline.stall.total_seconds() * 1e3 if baseline.stall else 0
-        notes.append(f"{baseline.consistency}: {baseline.frozen_filesystems} file system frozen,"
-                     f" writes stalled {stall:.0f} ms, {baseline.layer_bytes >> 10} KiB")  # fmt: skip
+        stall = stall_ms(baseline)
+        frozen = f"{baseline.frozen_filesystems} file system frozen"
+        notes.append(f"{baseline.consistency}: {frozen}, writes stalled {stall:.0f} ms")
+        notes.append(f"{baseline.layer_bytes >> 10} KiB")
     text_of(box, "echo 'after the upgrade' > /root/notes && sync")
     with screen.step("snapshot, crash-consistent, of the changed guest") as notes:
         quick = box.snapshot(name="changed", quick=True)
-        stall = quick.stall.total_seconds() * 1e3 if quick.stall else 0
-        notes.append(f"{quick.consistency}: writes stalled {stall:.0f} ms")
+        notes.append(f"{quick.consistency}: writes stalled {stall_ms(quick):.0f} ms")
     with screen.step("restore the first snapshot as a new sandbox") as notes:
         restored = client.snapshots.restore(baseline.id, name="restored-copy")
         notes.append(f"its /root/notes: {text_of(restored, 'cat /root/notes')!r}")
@@ -132,8 +137,9 @@ def show(client: Client, screen: Screen) -> None:
                      + ", ".join(text_of(copy, "cat /root/mine") for copy in copies))  # fmt: skip
     with screen.step("delete the snapshot that all stand on") as notes:
         deleted = client.snapshots.delete(baseline.id)
-        notes.append(f"{len(deleted.kept_for)} still need its layer")
-        notes.append(f"the restored one still reads {text_of(restored, 'cat /root/notes')!r}")
+        notes.append(f"{len(deleted.kept_for)} sandboxes and snapshots stand on it")
+        kept = text_of(restored, "cat /root/notes")
+        notes.append(f"the restored one still reads {kept!r}")
     with screen.step("delete everything") as notes:
         for sandbox in client.sandboxes.list():
             sandbox.delete()

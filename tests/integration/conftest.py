@@ -83,7 +83,8 @@ def own_daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
     """A state folder for this test alone; its daemon is not started yet."""
     with daemon(tmp_path) as process:
         yield process
-        shutil.rmtree(process.state, ignore_errors=True)
+    # Only now: its guests are found by the catalog.
+    shutil.rmtree(process.state, ignore_errors=True)
 
 
 @pytest.fixture

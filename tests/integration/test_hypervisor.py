@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.daemon import CACHE
 
 from stratabox.daemon.hypervisor import accelerator, qemu_host
 from stratabox.daemon.hypervisor.agent import GuestAgent
@@ -32,7 +33,6 @@ from stratabox.daemon.images.artifact import BuiltImage, no_progress
 from stratabox.storage.model.errors import CorruptError, FailedError, UnavailableError
 from stratabox.storage.model.ids import LayerId, SandboxId, Sha256, mint
 from stratabox.storage.model.records import KernelBoot
-from support.daemon import CACHE
 
 QEMU_UID = 60123 if os.getuid() == 0 else None
 NOTHING = Sha256("0" * 64)
@@ -50,9 +50,9 @@ class Bench:
         for name, path in host.firmware_sources.items():
             shutil.copyfile(path, self._firmware / name)
             (self._firmware / name).chmod(0o444)
-        for path in (image.kernel, image.initrd):
-            assert path is not None
-            path.chmod(0o444)
+        for given in (image.kernel, image.initrd):
+            assert given is not None
+            given.chmod(0o444)
         image.disk.chmod(0o400)
         self._base = ChainLayer(id=LayerId(mint()), path=image.disk)
 
@@ -62,7 +62,8 @@ class Bench:
     def overlay(self, below: Path) -> ChainLayer:
         layer = LayerId(mint())
         path = self.root / f"{layer}.qcow2"
-        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", below, path]
+        options = ["-q", "-f", "qcow2", "-F", "qcow2", "-b", str(below)]
+        command = ["qemu-img", "create", *options, str(path)]
         subprocess.run(command, check=True)
         path.chmod(0o600)
         return ChainLayer(id=layer, path=path)
@@ -148,7 +149,7 @@ def open_modes(pid: int, path: Path) -> set[int]:
     """Access modes (O_RDONLY, O_RDWR) by which a process has a file open."""
     modes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        if os.readlink(link) == str(path):
+        if link.readlink() == path:
             info = (link.parent.parent / "fdinfo" / link.name).read_text()
             modes.add(int(info.split("flags:")[1].split()[0], 8) & os.O_ACCMODE)
     return modes
@@ -294,7 +295,8 @@ async def test_a_guest_outlives_a_killed_daemon(bench: Bench) -> None:
         )
         values = (handle.pid, handle.started, spec.sandbox, spec.folder)
         command = [sys.executable, "-c", program, *map(str, values)]
-        assert subprocess.run(command).returncode == -signal.SIGKILL
+        daemon = await asyncio.create_subprocess_exec(*command)
+        assert await daemon.wait() == -signal.SIGKILL
         assert await bench.launcher.find(spec.sandbox, spec.folder) == handle
         assert handle in await bench.launcher.list()
         domain = await Domain.attach(handle, lambda event: None)
@@ -327,6 +329,8 @@ async def test_why_a_guest_ended(guest: Running, line: str, words: str, by_guest
 
 
 async def test_a_panic_is_told_and_the_console_can_be_read(guest: Running) -> None:
+    if await guest.sh("ls -d /sys/bus/pci/drivers/pvpanic-pci || echo none") == "none":
+        pytest.skip("this image's kernel has no pvpanic-pci: nobody would be told")
     crash = "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger"
     task = asyncio.create_task(execute(guest.agent, ["sh", "-c", crash]))
     deadline = time.monotonic() + 30
@@ -344,7 +348,7 @@ async def test_a_panic_is_told_and_the_console_can_be_read(guest: Running) -> No
 async def test_a_start_that_fails_leaves_nothing(bench: Bench) -> None:
     spec = await bench.spec()
     broken = replace(spec, machine=replace(spec.machine, machine_type="pc-q35-99.9"))
-    with pytest.raises(FailedError, match="99.9"):
+    with pytest.raises(FailedError, match="unsupported machine type"):
         await bench.launcher.start(broken)
     absent = replace(spec.disks[0], chain=[bench.overlay(spec.disks[0].chain[0].path)])
     absent.chain[0].path.unlink()
@@ -393,8 +397,9 @@ async def test_the_same_control_through_libvirt(bench: Bench) -> None:
     launcher = LibvirtLauncher(bench.host, f"virt{os.getpid()}", bench.folder)
     async with running(launcher, await bench.spec(uid=None)) as guest:
         assert await guest.sh("echo hi") == "hi"
-        listed = subprocess.run(["virsh", "list", "--name"], capture_output=True, text=True)
-        assert guest.spec.sandbox in listed.stdout
+        command = ["virsh", "list", "--name"]
+        listed = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        assert guest.spec.sandbox in (await listed.communicate())[0].decode()
         old = guest.spec.disks[0].chain[0]
         new = bench.overlay(old.path)
         await guest.domain.disks.prepare([new])

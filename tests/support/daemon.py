@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import signal
 import sqlite3
 import subprocess
@@ -44,7 +45,9 @@ class DaemonProcess:
         (folder / "config.toml").touch()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *, failpoints: str = "", environment: Mapping[str, str] | None = None) -> Client:
+    def start(
+        self, *, failpoints: str = "", environment: Mapping[str, str] | None = None
+    ) -> Client:
         """Start the daemon and return a client for it once it serves."""
         assert self._process is None
         extra = {"STRATABOX_FAILPOINTS": failpoints, **(environment or {})}
@@ -69,6 +72,11 @@ class DaemonProcess:
             client.close()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
+
+    @property
+    def runs(self) -> bool:
+        """A daemon has been started and has not ended."""
+        return self._process is not None and self._process.poll() is None
 
     @property
     def pid(self) -> int:
@@ -102,6 +110,15 @@ class DaemonProcess:
         for pid in self.guests().values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def kill_guest(self, sandbox: str) -> None:
+        """End one sandbox's QEMU, as the host's own killer would, and see it gone."""
+        pidfd = os.pidfd_open(self.guests()[sandbox])
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            assert select.select([pidfd], [], [], 60)[0]
+        finally:
+            os.close(pidfd)
 
     def store_id(self) -> str:
         """The store's id, as its domains' names carry it."""

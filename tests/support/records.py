@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from stratabox.storage.catalog import layers
-from stratabox.storage.catalog.database import Transaction
+from stratabox.storage.catalog.database import Catalog, Transaction
 from stratabox.storage.model.ids import ImageId, LayerId, SandboxId, Sha256, SnapshotId, mint
 from stratabox.storage.model.records import (
     GIB,
@@ -17,7 +19,6 @@ from stratabox.storage.model.records import (
     Machine,
     Sandbox,
     Snapshot,
-    SnapshotDisk,
 )
 from stratabox.storage.model.states import ImageState, LayerState, SandboxState, SnapshotState
 
@@ -102,7 +103,7 @@ class Maker:
             "machine": self.machine(),
             "created_at": self.when(),
             "disks": tuple(
-                SnapshotDisk(index=index, layer=layer, size=GIB, serial=f"disk{index}")
+                Disk(index=index, layer=layer, size=GIB, serial=f"disk{index}")
                 for index, layer in enumerate(layers_)
             ),
         }
@@ -116,3 +117,15 @@ class Maker:
             layers.insert(tx, layer)
             made.append(layer.id)
         return made
+
+
+class _RollBackError(Exception):
+    pass
+
+
+@contextmanager
+def scratch(catalog: Catalog) -> Iterator[Transaction]:
+    """A transaction that leaves nothing."""
+    with suppress(_RollBackError), catalog.transaction() as tx:
+        yield tx
+        raise _RollBackError

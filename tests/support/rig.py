@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from stratabox.client import Sandbox, SandboxState, Snapshot, SnapshotLevel, SnapshotState
+from stratabox.client import (
+    ExecuteResult,
+    Sandbox,
+    SandboxState,
+    Snapshot,
+    SnapshotLevel,
+    SnapshotState,
+)
 from support import disks
 from support.daemon import DaemonProcess, daemon
+
+
+def eventually(fact: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for what nobody tells: the state of processes, files and of a QEMU without a daemon."""
+    deadline = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 class Rig:
@@ -22,7 +38,9 @@ class Rig:
         self.process = process
         self.client = process.start()
         self.client.images.build_tiny()
-        self.witness = self.create(data_disks=[1]).wait_ready(timeout=120)
+        self.witness = self.create(data_disks=[1])
+        self.witness.wait_ready(timeout=120)
+        self._armed = False
         self._marks = 0
         self._expected: dict[str, str] = {}
         self._seals: dict[str, str] = {}
@@ -37,17 +55,26 @@ class Rig:
         """End the daemon as a crash would, if it runs, and start one with these failpoints."""
         self.client.close()
         self.process.kill()
+        self._armed = True
         self.client = self.process.start(failpoints=failpoints)
+        self._armed = bool(failpoints)
+
+    def calm(self) -> None:
+        """See to it that a daemon without failpoints runs, whatever a test before has left."""
+        if self._armed or not self.process.runs:
+            self.restart()
+
+    def execute(self, line: str) -> ExecuteResult:
+        """Run a line in the witness, within five seconds."""
+        return self.client.sandboxes.execute(self.witness.id, line, timeout=5)
 
     def mark(self) -> str:
         """Let the witness write something new to both its disks, and put it on the disk."""
         self._marks += 1
         mark = f"mark-{self._marks}"
-        result = self.client.sandboxes.execute(
-            self.witness.id,
+        result = self.execute(
             f"echo {mark} > /marker && sync"
-            f" && echo {mark} | dd of=/dev/vdb bs=512 conv=sync,fsync,notrunc 2>/dev/null",
-            timeout=5,
+            f" && echo {mark} | dd of=/dev/vdb bs=512 conv=sync,fsync,notrunc 2>/dev/null"
         )
         assert result.exit_code == 0, result
         return mark

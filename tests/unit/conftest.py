@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.records import Maker
 
 from stratabox.storage import failpoints
 from stratabox.storage.catalog.database import Catalog
 from stratabox.storage.files.layout import Layout
 from stratabox.storage.files.store import Store
+from support.records import Maker
 
 
 @pytest.fixture
@@ -38,6 +38,20 @@ def arm() -> Iterator[Callable[[str], None]]:
     """Set failpoints; none is left when the test has ended."""
     yield failpoints.arm
     failpoints.arm("")
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what was fsynced, in order; the fsyncs are done all the same."""
+    names: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        names.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return names
 
 
 @pytest.fixture

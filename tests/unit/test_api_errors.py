@@ -113,7 +113,7 @@ def test_an_error_keeps_its_words() -> None:
 # -- one status -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", sorted(CODES, key=lambda kind: kind.__name__))
+@pytest.mark.parametrize("kind", list(CODES))
 def test_a_status_says_all_but_the_internal_ones(kind: type[StrataboxError]) -> None:
     error = kind("the sentence", reason="THE_REASON", sandbox="s", limit=3)
     status = status_of(error)
@@ -195,9 +195,9 @@ async def talking(service: Service) -> AsyncIterator[grpc.aio.Channel]:
 
 
 async def failure(channel: grpc.aio.Channel) -> tuple[grpc.StatusCode, status_pb2.Status | None]:
-    call: Any = channel.unary_unary("/test/one")(b"")
+    call: Any = channel.unary_unary("/test/one")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
+        await call(b"")
     return caught.value.code(), rpc_status.from_call(caught.value)  # type: ignore[arg-type]
 
 
@@ -238,7 +238,6 @@ def trailer_bytes(status: status_pb2.Status) -> int:
     return len(quote(status.message, safe=string.printable)) + len(details)
 
 
-@pytest.mark.xfail(strict=True, reason="status_of bounds each value, not the whole")
 @pytest.mark.parametrize(("letter", "details"), [("名", 1), ("x", 20), ("名", 20)])
 def test_huge_errors_fit_into_trailers(letter: str, details: int) -> None:
     """gRPC drops a part of the answers beyond 8 KiB, and all of those beyond 16 KiB."""
@@ -311,7 +310,8 @@ def test_times_outside_the_calendar_are_refused() -> None:
     message = convert.timestamp(now)
     assert message
     assert convert.time_from(message, "f") == now
-    assert convert.timestamp(None) is convert.duration(None) is None
+    assert convert.timestamp(None) is None
+    assert convert.duration(None) is None
     for seconds, nanos in ((2**62, 0), (-(2**62), 0), (0, -1), (0, 10**9), (-62135596801, 0)):
         with pytest.raises(errors.InvalidArgumentError, match="expires_at"):
             convert.time_from(timestamp_pb2.Timestamp(seconds=seconds, nanos=nanos), "expires_at")

@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from support.records import Maker
 
 from stratabox.storage.catalog import idempotency, images, layers, sandboxes, snapshots
 from stratabox.storage.catalog.database import Catalog, Transaction
@@ -22,6 +21,7 @@ from stratabox.storage.model.errors import (
 )
 from stratabox.storage.model.ids import LayerId, is_id, mint
 from stratabox.storage.model.records import Layer
+from support.records import Maker
 
 PAGE = 4096
 

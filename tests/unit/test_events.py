@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 import pytest
-from support.records import Maker
 
-from stratabox.daemon.lifecycle.events import BACKLOG, Bus, Event, Happening, Subscription
+from stratabox.daemon.lifecycle.events import BACKLOG, Bus, Event, Happening, Record, Subscription
 from stratabox.storage.model.errors import ConflictError
 from stratabox.storage.model.records import Sandbox
+from support.records import Maker
 
 
 async def take(events: AsyncIterator[Event], count: int) -> list[Event]:
@@ -19,7 +19,8 @@ async def take(events: AsyncIterator[Event], count: int) -> list[Event]:
 
 
 async def test_everyone_gets_everything_in_order(maker: Maker) -> None:
-    bus, records = Bus(), [maker.sandbox(), maker.snapshot(), maker.image()]
+    bus = Bus()
+    records: list[Record] = [maker.sandbox(), maker.snapshot(), maker.image()]
     before = datetime.now(UTC)
     with bus.subscribe() as one, bus.subscribe() as two:
         bus.publish(Happening.CREATED, records[0])

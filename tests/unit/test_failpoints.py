@@ -34,6 +34,7 @@ def test_every_name_is_hit_and_every_hit_is_listed() -> None:
     found: dict[str, list[str]] = {}
     for where, argument in hits():
         assert isinstance(argument, ast.Constant), f"{where}: the name must be plain to see"
+        assert isinstance(argument.value, str), where
         found.setdefault(argument.value, []).append(where)
     assert set(NAMES) - set(found) == set(), "listed and never hit"
     assert set(found) - set(NAMES) == set(), f"hit and not listed: {found}"

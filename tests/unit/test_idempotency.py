@@ -7,7 +7,6 @@ from datetime import timedelta
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.records import Maker
 
 from stratabox.daemon.api import convert
 from stratabox.daemon.lifecycle.once import Key
@@ -16,6 +15,7 @@ from stratabox.storage.catalog.database import Catalog, text_of
 from stratabox.storage.model.errors import InvalidArgumentError
 from stratabox.storage.model.ids import SandboxId, mint
 from stratabox.v1 import sandboxes_pb2
+from support.records import Maker
 
 KEY = Key(key="k", method="Create", request="hash")
 

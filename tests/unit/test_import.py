@@ -99,11 +99,13 @@ async def test_internal_snapshots_are_refused(work: Path, tmp_path: Path) -> Non
     assert "internal snapshots" in await refused(bad, "qcow2", work)
 
 
-async def test_encryption_is_refused(work: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [1, 2])
+async def test_encryption_is_refused(work: Path, tmp_path: Path, method: int) -> None:
     bad = tmp_path / "bad.qcow2"
-    secret = ["--object", "secret,id=s,data=secret"]
-    luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
-    qemu("create", "-f", "qcow2", *secret, "-o", luks, bad, "1M")
+    qemu("create", "-f", "qcow2", bad, "1M")
+    with bad.open("r+b") as file:
+        file.seek(32)
+        file.write(method.to_bytes(4, "big"))
     assert "encrypted" in await refused(bad, "qcow2", work)
 
 

@@ -7,13 +7,13 @@ from itertools import pairwise
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from support.records import Maker
 
 from stratabox.storage.catalog import gc, layers, sandboxes, snapshots
 from stratabox.storage.catalog.database import Catalog
 from stratabox.storage.model.errors import CorruptError
 from stratabox.storage.model.ids import LayerId, mint
 from stratabox.storage.model.states import LayerState
+from support.records import Maker
 
 Parents = dict[LayerId, LayerId | None]
 
@@ -105,7 +105,9 @@ def put(catalog: Catalog, maker: Maker, parents: Parents) -> Parents:
 
 
 @settings(
-    deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(forest=forests(), data=st.data())
 def test_garbage_is_dropped_in_any_order_and_survivors_keep_their_chains(
@@ -138,7 +140,9 @@ def test_garbage_is_dropped_in_any_order_and_survivors_keep_their_chains(
 
 
 @settings(
-    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=20,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(forest=forests(), data=st.data())
 def test_what_others_stand_on_is_not_dropped(

@@ -8,13 +8,13 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.records import Maker
 
 from stratabox.daemon.lifecycle import naming, policy
 from stratabox.daemon.lifecycle.policy import Resources
 from stratabox.storage.model.errors import DeniedError, InvalidArgumentError, StrataboxError
 from stratabox.storage.model.records import GIB
 from stratabox.storage.model.states import Level, SandboxState
+from support.records import Maker
 
 NOW = datetime(2024, 6, 1, tzinfo=UTC)
 
@@ -268,6 +268,7 @@ TABLE: list[tuple[str, bool, bool, Level | None, bool]] = [
     ("running", False, False, CRASH, True),  # named, it is tried, and fails with the reason
     ("paused", False, True, CRASH, False),
     ("paused", False, False, CRASH, False),
+    ("paused", True, True, CRASH, False),
     ("stopped", True, False, APPLICATION, True),
     ("stopped", False, False, CRASH, False),
     ("failed", False, False, CRASH, False),

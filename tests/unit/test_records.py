@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
-from itertools import product
 from typing import TypeVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.records import Maker
 
 from stratabox.storage.catalog import images, layers, machines, operations, sandboxes, snapshots
 from stratabox.storage.catalog.database import Catalog, Transaction, text_of
-from stratabox.storage.model.errors import AlreadyExistsError, InternalError, NotFoundError
+from stratabox.storage.model.errors import NotFoundError
 from stratabox.storage.model.ids import (
     ImageId,
     LayerId,
@@ -24,8 +20,6 @@ from stratabox.storage.model.ids import (
     SandboxId,
     Sha256,
     SnapshotId,
-    is_id,
-    is_id_prefix,
     mint,
 )
 from stratabox.storage.model.records import (
@@ -36,38 +30,24 @@ from stratabox.storage.model.records import (
     Machine,
     Sandbox,
     Snapshot,
-    SnapshotDisk,
 )
 from stratabox.storage.model.states import (
-    NEXT_IMAGE,
-    NEXT_SANDBOX,
-    NEXT_SNAPSHOT,
-    Boot,
     ImageState,
     LayerState,
     Level,
     SandboxState,
     SnapshotState,
 )
+from support.records import scratch
 
 T = TypeVar("T")
 
-# The catalog is one for all examples of a test: each is rolled back.
+# All examples of a test share its catalog; each is rolled back.
 example = settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-
-
-class _RollBackError(Exception):
-    pass
-
-
-@contextmanager
-def scratch(catalog: Catalog) -> Iterator[Transaction]:
-    """A transaction that leaves nothing."""
-    with suppress(_RollBackError), catalog.transaction() as tx:
-        yield tx
-        raise _RollBackError
 
 
 # -- records out of nothing -----------------------------------------------------------------------
@@ -163,7 +143,7 @@ snapshots_ = st.builds(
     consistency=levels,
     disks=disks.map(
         lambda found: tuple(
-            SnapshotDisk(index=disk.index, layer=disk.layer, size=disk.size, serial=disk.serial)
+            Disk(index=disk.index, layer=disk.layer, size=disk.size, serial=disk.serial)
             for disk in found
         )
     ),
@@ -326,184 +306,3 @@ def changes_of(record: Image | Sandbox | Snapshot) -> dict[str, object]:
 @given(times, times)
 def test_text_order_is_time_order(one: datetime, other: datetime) -> None:
     assert (one < other) == ((text_of(one) or "") < (text_of(other) or ""))
-
-
-# -- changes of state -----------------------------------------------------------------------------
-
-
-def test_sandbox_states(catalog: Catalog, maker: Maker) -> None:
-    for old, new in product(SandboxState, SandboxState):
-        with scratch(catalog) as tx:
-            record = sandboxes.insert(tx, maker.sandbox(state=old))
-            if new is old or new in NEXT_SANDBOX[old]:
-                assert sandboxes.change(tx, record.id, state=new).state is new
-            else:
-                with pytest.raises(InternalError, match=f"{old} to {new}"):
-                    sandboxes.change(tx, record.id, state=new, name="other")
-                assert sandboxes.get(tx, record.id) == record
-
-
-def test_snapshot_states(catalog: Catalog, maker: Maker) -> None:
-    for old, new in product(SnapshotState, SnapshotState):
-        with scratch(catalog) as tx:
-            record = snapshots.insert(tx, maker.snapshot(state=old))
-            if new is old or new in NEXT_SNAPSHOT[old]:
-                assert snapshots.change(tx, record.id, state=new).state is new
-            else:
-                with pytest.raises(InternalError, match=f"{old} to {new}"):
-                    snapshots.change(tx, record.id, state=new, name="other")
-                assert snapshots.get(tx, record.id) == record
-
-
-def test_image_states(catalog: Catalog, maker: Maker) -> None:
-    for old, new in product(ImageState, ImageState):
-        with scratch(catalog) as tx:
-            record = images.insert(tx, maker.image(state=old))
-            if new is old or new in NEXT_IMAGE[old]:
-                assert images.change(tx, record.id, state=new).state is new
-            else:
-                with pytest.raises(InternalError, match=f"{old} to {new}"):
-                    images.change(tx, record.id, state=new, name="other")
-                assert images.get(tx, record.id) == record
-
-
-def test_the_steps_that_issue_2_and_the_design_name() -> None:
-    """Written out again, so that a slip in the table is seen."""
-    state = SandboxState
-    steps = {(old, new) for old, after in NEXT_SANDBOX.items() for new in after}
-    assert steps == {
-        *((old, state.RUNNING) for old in (state.CREATING, state.PAUSED, state.STOPPED)),
-        *((old, state.STOPPED) for old in (state.RUNNING, state.PAUSED)),
-        (state.RUNNING, state.PAUSED),
-        *((state.FAILED, new) for new in (state.RUNNING, state.STOPPED)),
-        *(
-            (old, state.FAILED)
-            for old in (state.CREATING, state.RUNNING, state.PAUSED, state.STOPPED)
-        ),
-        *((old, state.TERMINATING) for old in state if not old.is_over),
-        (state.TERMINATING, state.TERMINATED),
-    }
-
-
-def test_every_state_can_end() -> None:
-    """From everywhere there is a way to the last state, and none out of it."""
-    for start in SandboxState:
-        seen, todo = set(), [start]
-        while todo:
-            state = todo.pop()
-            if state not in seen:
-                seen.add(state)
-                todo += NEXT_SANDBOX[state]
-        assert SandboxState.TERMINATED in seen
-    assert all(
-        SandboxState.TERMINATING in NEXT_SANDBOX[state]
-        for state in SandboxState
-        if not state.is_over
-    )
-    assert not NEXT_SANDBOX[SandboxState.TERMINATED]
-    assert SnapshotState.READY not in NEXT_SNAPSHOT[SnapshotState.FAILED]
-    tables = (NEXT_SANDBOX, SandboxState), (NEXT_SNAPSHOT, SnapshotState), (NEXT_IMAGE, ImageState)
-    for table, states in tables:
-        assert set(table) == set(states)
-
-
-def test_generations_are_one_order_over_all_records(catalog: Catalog, maker: Maker) -> None:
-    with catalog.transaction() as tx:
-        seen = [
-            images.insert(tx, image := maker.image()).generation,
-            sandboxes.insert(tx, sandbox := maker.sandbox()).generation,
-            snapshots.insert(tx, snapshot := maker.snapshot()).generation,
-            snapshots.change(tx, snapshot.id, name="n").generation,
-            sandboxes.change(tx, sandbox.id).generation,
-            images.change(tx, image.id, name="n").generation,
-        ]
-    assert seen == sorted(set(seen))
-
-
-# -- single questions -----------------------------------------------------------------------------
-
-
-def test_an_image_name_is_taken_once(catalog: Catalog, maker: Maker) -> None:
-    with catalog.transaction() as tx:
-        first = images.insert(tx, maker.image(name="tiny"))
-        with pytest.raises(AlreadyExistsError) as caught:
-            images.insert(tx, maker.image(name="tiny"))
-    assert caught.value.reason == "IMAGE_ALREADY_EXISTS"
-    assert caught.value.metadata == {"image": first.id}
-
-
-def test_an_image_boots_by_what_it_brings(maker: Maker) -> None:
-    boot = KernelBoot(kernel=Sha256("a"), initrd=Sha256("b"), command_line="")
-    assert maker.image().boot is Boot.DISK
-    assert maker.image(kernel_boot=boot).boot is Boot.KERNEL
-
-
-def test_the_lowest_free_uid_is_given(catalog: Catalog, maker: Maker) -> None:
-    with catalog.transaction() as tx:
-        boxes = []
-        for expected in (100, 101, 102):
-            uid = sandboxes.free_uid(tx, 100, 3)
-            assert uid == expected
-            boxes.append(sandboxes.insert(tx, maker.sandbox(uid=uid)))
-        assert sandboxes.free_uid(tx, 100, 3) is None
-        assert sandboxes.free_uid(tx, 103, 3) == 103
-        sandboxes.change(tx, boxes[1].id, uid=None)
-        assert sandboxes.free_uid(tx, 100, 3) == 101
-
-
-def test_who_needs_an_image_and_a_layer(catalog: Catalog, maker: Maker) -> None:
-    image = ImageId(mint())
-    with catalog.transaction() as tx:
-        base, middle, top = maker.chain(tx, 3)
-        aside = maker.layer(base)
-        layers.insert(tx, aside)
-        box = sandboxes.insert(tx, maker.sandbox(top, image=image))
-        other = sandboxes.insert(tx, maker.sandbox(aside.id, image=image))
-        point = snapshots.insert(tx, maker.snapshot(middle, image=image))
-        sandboxes.insert(tx, maker.sandbox(image=image, state=SandboxState.TERMINATED))
-        assert sandboxes.users_of_image(tx, image) == sorted([box.id, other.id])
-        assert snapshots.users_of_image(tx, image) == [point.id]
-        assert layers.users(tx, base) == sorted([box.id, other.id, point.id])
-        assert layers.users(tx, middle) == sorted([box.id, point.id])
-        assert layers.users(tx, top) == [box.id]
-        assert snapshots.any_of_source(tx, point.source_sandbox)
-        assert not snapshots.any_of_source(tx, box.id)
-
-
-def test_the_snapshot_that_holds_a_layer_is_the_newest_ready_one(
-    catalog: Catalog, maker: Maker
-) -> None:
-    with catalog.transaction() as tx:
-        (layer,) = maker.chain(tx, 1)
-        assert snapshots.holding(tx, layer) is None
-        snapshots.insert(tx, maker.snapshot(layer, state=SnapshotState.DELETING))
-        snapshots.insert(tx, maker.snapshot(layer))
-        newest = snapshots.insert(tx, maker.snapshot(layer))
-        snapshots.insert(tx, maker.snapshot(layer, state=SnapshotState.CREATING))
-        assert snapshots.holding(tx, layer) == newest.id
-
-
-def test_what_has_expired(catalog: Catalog, maker: Maker) -> None:
-    with catalog.transaction() as tx:
-        due = [
-            snapshots.insert(tx, maker.snapshot(expires_at=tx.now, state=state)).id
-            for state in (SnapshotState.READY, SnapshotState.FAILED)
-        ]
-        for state in (SnapshotState.CREATING, SnapshotState.DELETING):
-            snapshots.insert(tx, maker.snapshot(expires_at=tx.now, state=state))
-        soon = tx.now + timedelta(microseconds=1)
-        snapshots.insert(tx, maker.snapshot(expires_at=soon))
-        snapshots.insert(tx, maker.snapshot())
-        assert sorted(snapshots.expired(tx)) == sorted(due)
-
-
-def test_ids() -> None:
-    made = {mint() for _ in range(100)}
-    assert len(made) == 100
-    for one in made:
-        assert is_id(one)
-        assert not is_id(one.upper()) or one.upper() == one
-        assert not is_id(one[:-1])
-        assert not is_id(one + "\n")
-        assert all(is_id_prefix(one[:length]) for length in range(4, 37))
-    assert not any(map(is_id_prefix, ("", "abc", "xyz1", "ABCD", "abc%", "abcd\n", "a" * 37)))

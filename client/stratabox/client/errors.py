@@ -299,6 +299,13 @@ _BY_REASON = _by_reason(StrataboxError) | {
     "CATALOG_CORRUPT": CorruptError,
     "LAYER_MISSING": CorruptError,
     "FAILED": FailedError,
+    # FAILED_PRECONDITION stands for both of these kinds; a failure is the one that must be named.
+    "HOST_DISK_FAILED": FailedError,
+    "FREEZE_FAILED": FailedError,
+    "GUEST_ENDED": FailedError,
+    "AGENT_FAILED": FailedError,
+    "QEMU_IMG_FAILED": FailedError,
+    "SNAPSHOT_UNSETTLED": FailedError,
 }
 
 

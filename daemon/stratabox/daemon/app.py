@@ -93,6 +93,7 @@ async def running(config: Config) -> AsyncIterator[World]:
         )
         await server.start()
         stack.push_async_callback(server.stop, GRACE)
+        stack.callback(world.bus.end)
         expiring = asyncio.create_task(expiry.run(world, snapshots), name="expiry")
         stack.callback(expiring.cancel)
         yield world

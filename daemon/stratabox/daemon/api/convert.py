@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from google.protobuf import duration_pb2, timestamp_pb2
 from google.protobuf.message import Message
+from google.rpc import error_details_pb2
 
 from stratabox.daemon.api.errors import status_of
 from stratabox.daemon.lifecycle.events import Event, Happening
@@ -135,7 +136,9 @@ def image(record: Image, layer_bytes: int) -> records_pb2.Image:
 def failure(error: StrataboxError) -> records_pb2.Failure:
     """An error inside a reply."""
     status = status_of(error)
-    return records_pb2.Failure(reason=error.reason, message=status.message, metadata=error.metadata)
+    info = error_details_pb2.ErrorInfo()
+    status.details[0].Unpack(info)
+    return records_pb2.Failure(reason=info.reason, message=status.message, metadata=info.metadata)
 
 
 def happening(event: Event) -> records_pb2.EventType.ValueType:

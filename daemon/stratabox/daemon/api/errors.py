@@ -12,6 +12,7 @@ import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import grpc
 import grpc.aio
@@ -19,6 +20,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from stratabox.storage.files.durable import host_error
 from stratabox.storage.model import errors
 
 log = logging.getLogger(__name__)
@@ -38,9 +40,10 @@ CODES: dict[type[errors.StrataboxError], grpc.StatusCode] = {
     errors.InternalError: grpc.StatusCode.INTERNAL,
 }
 
+_MESSAGE_BYTES = 2048
+"""Of the message, counted as it travels: percent-encoded, and once more inside the status."""
 _METADATA_BYTES = 1024
-"""Of one value: gRPC refuses trailers of more than 8 KiB or so."""
-_MESSAGE_BYTES = 3072
+"""Of all metadata together. gRPC refuses trailers of more than 8 KiB, so all of it must fit."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -59,16 +62,15 @@ def status_of(error: errors.StrataboxError) -> status_pb2.Status:
     message, metadata = error.message, error.metadata
     if code is grpc.StatusCode.INTERNAL:
         message, metadata = "internal error", {}
+    share = _METADATA_BYTES // max(len(metadata), 1)
     info = error_details_pb2.ErrorInfo(
         reason=error.reason,
         domain=DOMAIN,
-        metadata={key: _cut(value, _METADATA_BYTES) for key, value in metadata.items()},
+        metadata={key: _cut(value, share) for key, value in metadata.items()},
     )
     detail = any_pb2.Any()
     detail.Pack(info)
-    return status_pb2.Status(
-        code=code.value[0], message=_cut(message, _MESSAGE_BYTES), details=[detail]
-    )
+    return status_pb2.Status(code=code.value[0], message=_shorten(message), details=[detail])
 
 
 def unary(method: Method) -> Method:
@@ -111,11 +113,26 @@ async def _guarded(work: Awaitable[Any], context: grpc.aio.ServicerContext[Any, 
         status = status_of(error)
     except (asyncio.CancelledError, StopAsyncIteration, grpc.aio.AbortError):
         raise
+    except OSError as error:
+        if error.errno is None:  # a time-out that nobody expected
+            log.exception("internal error")
+            status = status_of(errors.InternalError("internal error"))
+        else:
+            log.exception("the host failed")
+            status = status_of(host_error(error))
     except Exception:  # the edge: whatever this is, it is a bug, and ends as one answer
         log.exception("internal error")
         status = status_of(errors.InternalError("internal error"))
     await context.abort_with_status(rpc_status.to_status(status))
     raise AssertionError("abort_with_status returned")
+
+
+def _shorten(message: str) -> str:
+    """The longest beginning of a message that fits once it is percent-encoded."""
+    shorter = _cut(message, _MESSAGE_BYTES)
+    while len(quote(shorter)) > _MESSAGE_BYTES:
+        shorter = _cut(message, len(shorter.encode()) * 3 // 4)
+    return shorter
 
 
 def _cut(text: str, limit: int) -> str:

@@ -13,6 +13,7 @@ from grpc.aio import ServicerContext
 from stratabox.daemon.api import convert
 from stratabox.daemon.api.errors import streaming, unary
 from stratabox.daemon.api.watching import watch
+from stratabox.daemon.lifecycle import power
 from stratabox.daemon.lifecycle.clones import Clones, NewClone
 from stratabox.daemon.lifecycle.guests import Guests
 from stratabox.daemon.lifecycle.reverts import Reverts
@@ -113,7 +114,9 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
     ) -> records_pb2.Sandbox:
         """Stop the vCPUs."""
         guest, _ = await self.guests.find(request.sandbox)
-        return await self._message(await self.world.tasks.see_through(guest.pause()))
+        return await self._message(
+            await self.world.tasks.see_through(power.pause(self.world, guest))
+        )
 
     @unary
     async def ResumeSandbox(
@@ -121,7 +124,9 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
     ) -> records_pb2.Sandbox:
         """Let the vCPUs run again."""
         guest, _ = await self.guests.find(request.sandbox)
-        return await self._message(await self.world.tasks.see_through(guest.resume()))
+        return await self._message(
+            await self.world.tasks.see_through(power.resume(self.world, guest))
+        )
 
     @unary
     async def StopSandbox(
@@ -132,7 +137,7 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
         timeout = self.world.config.stop_timeout
         if request.HasField("timeout"):
             timeout = convert.seconds_from(request.timeout, "timeout")
-        stopping = guest.stop(force=request.force, timeout=timeout)
+        stopping = power.stop(self.world, guest, force=request.force, timeout=timeout)
         return await self._message(await self.world.tasks.see_through(stopping))
 
     @unary
@@ -142,7 +147,7 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
         """Boot a stopped or failed sandbox."""
         guest, _ = await self.guests.find(request.sandbox)
         seconds = ready_timeout(self.world, request)
-        record = await self.world.tasks.see_through(guest.start())
+        record = await self.world.tasks.see_through(power.start(self.world, guest))
         if seconds is not None:
             record = await guest.wait_ready(seconds)
         return await self._message(record)
@@ -171,8 +176,8 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
             raise InvalidArgumentError("name the command once: as argv or as shell", field="argv")
         argv = list(request.argv) or ["/bin/sh", "-c", request.shell]
         timeout = convert.seconds_from(request.timeout, "timeout")
-        result = await guest.execute(
-            argv, env=dict(request.env), cwd=request.cwd, timeout=timeout or None
+        result = await power.execute(
+            guest, argv, env=dict(request.env), cwd=request.cwd, timeout=timeout or None
         )
         return sandboxes_pb2.ExecuteCommandResponse(
             exit_code=result.exit_code,

@@ -37,8 +37,9 @@ MESSAGE_BYTES = 64 << 20
 
 _OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.max_send_message_length", MESSAGE_BYTES),
-    # Uploads come in pieces of at most 2 MiB; nothing that a client sends is larger.
-    ("grpc.max_receive_message_length", 8 << 20),
+    # Uploads come in pieces of at most 2 MiB, and nothing that makes sense is larger. What is too
+    # large by far still gets our error rather than gRPC's.
+    ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.max_concurrent_streams", 1024),
     # Two daemons must never share a TCP port by accident.
     ("grpc.so_reuseport", 0),

@@ -16,7 +16,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from stratabox.daemon.hypervisor.agent_channel import AgentChannel, AgentGoneError
+from stratabox.daemon.hypervisor.agent_channel import (
+    AgentChannel,
+    AgentGoneError,
+    QemuGoneError,
+)
 from stratabox.storage.model.errors import FailedError
 
 REPLY_BYTES = 1 << 20
@@ -155,6 +159,8 @@ class GuestAgent:
                 if await self.fsfreeze_status(min(left, REPLY_SECONDS)) == "thawed":
                     return
                 await self.fsfreeze_thaw(min(left, REPLY_SECONDS))
+            except QemuGoneError:
+                raise
             except AgentGoneError:
                 async with self._turn:
                     self._channel.close()

@@ -34,6 +34,10 @@ class AgentGoneError(UnavailableError):
     default_reason = "AGENT_UNAVAILABLE"
 
 
+class QemuGoneError(AgentGoneError):
+    """Nobody is at the other end of the channel, and nobody will be."""
+
+
 class AgentChannel:
     """One connection to the agent's socket in `folder`, made when it is needed.
 
@@ -120,7 +124,7 @@ class AgentChannel:
             except BlockingIOError:
                 await asyncio.sleep(_CONNECT_PAUSE)
             except OSError as error:
-                raise AgentGoneError("The guest's agent has no channel: QEMU is gone.") from error
+                raise QemuGoneError("The guest's agent has no channel: QEMU is gone.") from error
 
     async def _send(self, data: bytes) -> None:
         loop = asyncio.get_running_loop()

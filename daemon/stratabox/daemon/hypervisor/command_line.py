@@ -161,6 +161,8 @@ def layer_node(
             "node-name": layer.file_node,
             "filename": filename,
             "aio": "threads",
+            # A layer that was sealed under a paused guest stays locked until that runs again (QEMU
+            # keeps the writing descriptor so long), and its readers must not wait for that.
             "locking": "off" if read_only else "on",
             "discard": "ignore",
             "cache": {"direct": False, "no-flush": False},

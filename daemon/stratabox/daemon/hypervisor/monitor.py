@@ -62,6 +62,7 @@ class Monitor:
         """Let go of the domain, which goes on running. Idempotent."""
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
+            self._connected.set()  # nobody need wait for a connection that will never come
             keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await keeper
@@ -152,6 +153,8 @@ class Monitor:
         try:
             async with asyncio.timeout(seconds):
                 while self._connection is None:
+                    if self._keeper is None:
+                        raise UnavailableError("QEMU is gone.", reason="MONITOR_UNAVAILABLE")
                     await self._connected.wait()
                 return self._connection
         except TimeoutError:

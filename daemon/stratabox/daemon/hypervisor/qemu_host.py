@@ -23,9 +23,9 @@ from stratabox.storage.model.records import KernelBoot, Machine
 
 BINARY = "qemu-system-x86_64"
 BIOS = "bios-256k.bin"
-FIRMWARE = (BIOS, "linuxboot_dma.bin", "kvmvapic.bin")
-"""All that QEMU opens by name for our machine (seen with strace on 7.2): SeaBIOS, the option ROM
-that loads a kernel given by -kernel, and the one behind the APIC's `vapic`."""
+FIRMWARE = (BIOS, "linuxboot_dma.bin", "pvh.bin", "kvmvapic.bin")
+"""All that QEMU opens by name for our machine (seen with strace on 7.2): SeaBIOS, the option ROMs
+that load a kernel given by -kernel (Linux's own format, and PVH), and the APIC's `vapic`."""
 
 _SECONDS = 20.0
 _VERSION = re.compile(r"version (\d+)\.(\d+)(?:\.(\d+))?")

@@ -23,7 +23,7 @@ _REPLY_BYTES = 64 << 20  # query-block of many deep chains is large
 
 # Every loss of a connection ends in an error or a reconnection of ours; qemu.qmp logs each as an
 # error of its own besides, also for guests that simply ended.
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
 
 class ReplyLostError(UnavailableError):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -22,6 +23,7 @@ import shutil
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from stratabox.daemon.images.artifact import BuiltImage, Progress
 
@@ -144,17 +146,27 @@ def _files(built: BuiltImage) -> dict[str, Path | None]:
     return {"disk": built.disk, "kernel": built.kernel, "initrd": built.initrd}
 
 
+def _copy_bytes(read: BinaryIO, write: BinaryIO) -> None:
+    left = os.fstat(read.fileno()).st_size
+    try:
+        while left > 0:
+            copied = os.copy_file_range(read.fileno(), write.fileno(), min(left, 1 << 28))
+            if copied == 0:
+                break
+            left -= copied
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        # Not between these two file systems. Nothing was copied, or the first call had not failed.
+        shutil.copyfileobj(read, write, 1 << 20)
+
+
 def _copy(source: Path, target: Path, *, durable: bool = True) -> None:
-    """Copy by reflink where the file system can, else byte by byte within the kernel."""
+    """Copy by reflink where the file system can, else within the kernel, else by hand."""
     with source.open("rb") as read, target.open("wb") as write:
         try:
             fcntl.ioctl(write.fileno(), _FICLONE, read.fileno())
         except OSError:
-            left = os.fstat(read.fileno()).st_size
-            while left > 0:
-                copied = os.copy_file_range(read.fileno(), write.fileno(), min(left, 1 << 28))
-                if copied == 0:
-                    break
-                left -= copied
+            _copy_bytes(read, write)
         if durable:
             os.fsync(write.fileno())

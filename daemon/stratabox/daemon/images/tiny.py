@@ -24,7 +24,7 @@ from stratabox.storage.model.errors import FailedError
 COMMAND_LINE = "root=/dev/vda rw console=ttyS0 quiet"
 RELEASE = "bookworm"
 SIZE_GIB = 1
-LATE_MODULES = ("virtio_rng", "virtio_net")
+LATE_MODULES = ("virtio_rng", "virtio_net", "pvpanic", "pvpanic_pci")
 _PROGRAMS = ("usr/sbin/qemu-ga", "usr/sbin/resize2fs", "usr/bin/dash", "usr/bin/dd")
 """Real ones. /bin/sh is dash, since busybox's shell would use its own dd, which lacks oflag."""
 _FOLDERS = (

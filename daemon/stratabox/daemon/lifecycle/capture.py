@@ -22,28 +22,34 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-from stratabox.daemon.hypervisor.agent import GuestAgent
+from stratabox.daemon.hypervisor.agent import REPLY_SECONDS, GuestAgent
 from stratabox.daemon.hypervisor.domain import Domain
 from stratabox.daemon.hypervisor.machine import ChainLayer
 from stratabox.daemon.lifecycle import policy
 from stratabox.daemon.lifecycle.events import Happening
 from stratabox.daemon.lifecycle.guest import Guest
-from stratabox.daemon.lifecycle.threads import in_thread, settle
+from stratabox.daemon.lifecycle.threads import in_thread, settle, undone_by
 from stratabox.daemon.lifecycle.world import World
 from stratabox.storage.catalog import layers, operations, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.catalog.operations import Operation
 from stratabox.storage.failpoints import hit
+from stratabox.storage.files.durable import host_error
 from stratabox.storage.files.store import NewOverlay
 from stratabox.storage.model.errors import FailedError, StrataboxError
 from stratabox.storage.model.ids import LayerId, mint
-from stratabox.storage.model.records import Layer, Sandbox, Snapshot, SnapshotDisk
-from stratabox.storage.model.states import LayerState, Level, SnapshotState
+from stratabox.storage.model.records import Disk, Layer, Sandbox, Snapshot
+from stratabox.storage.model.states import LayerState, Level, SandboxState, SnapshotState
 
 log = logging.getLogger(__name__)
 
+END_SECONDS = 5.0
+"""How long to wait for word of why a QEMU that is gone has ended."""
+
 THAW_SECONDS = 60.0
 """How long a guest is asked to thaw before it is given up."""
+
+OWN_ERROR = "an error of the daemon's own; its log says more"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,24 +95,30 @@ async def capture(world: World, guest: Guest, snapshot: Snapshot, operation: Ope
     :raise StrataboxError: why it failed; the record is FAILED and the operation over by then.
     """
     try:
+        hit("snapshot.row-written")
         await guest.settle()
         sandbox = await guest.record()
         level = policy.choose_level(
             snapshot.requested_level,
             world.config.default_level,
             sandbox,
-            agent_answers=await guest.agent_answers(),
+            # Asked only where it matters: a paused guest would be waited for in vain.
+            agent_answers=snapshot.requested_level is None
+            and sandbox.state is SandboxState.RUNNING
+            and await guest.agent_answers(),
         )
         return await _take(world, guest, sandbox, snapshot, operation, level)
     except UnsettledError:
         raise  # the record is written when the debt is paid
     except OSError as error:
-        await fail(world, snapshot, operation, f"the host's disk: {error.strerror or error}")
-        raise FailedError(
-            f"the host's disk failed: {error.strerror or error}", reason="HOST_DISK_FAILED"
-        ) from error
+        named = host_error(error)
+        await fail(world, snapshot, operation, named.message)
+        raise named from error
     except StrataboxError as error:
         await fail(world, snapshot, operation, error.message)
+        raise
+    except BaseException:
+        await fail(world, snapshot, operation, OWN_ERROR)
         raise
 
 
@@ -151,16 +163,21 @@ async def _take(
     await world.write(lambda tx: operations.amend(tx, operation.id, payload))
     overlays = [NewOverlay(step.new, step.old, step.size) for step in steps]
     await in_thread(world.store.make_overlays, overlays)
-    hit("snapshot.overlays-made")
+    async with undone_by(
+        lambda: in_thread(world.store.remove_overlays, [step.new for step in steps])
+    ):
+        hit("snapshot.overlays-made")
     domain = guest.domain
     outcome: Outcome | StrataboxError
     if domain is None:
         outcome = Outcome(consistency=level, frozen=0, stall=None)
     else:
         outcome = await _switch_running(world, guest, operation, payload, steps, level)
-    record = await finish(world, guest, snapshot, operation, steps, outcome)
-    if record.state is SnapshotState.FAILED:
-        raise FailedError(record.failure_reason, reason="FREEZE_FAILED")
+        if isinstance(outcome, StrataboxError) and not world.launcher.is_alive(domain.handle):
+            outcome = await _name_the_end(domain, outcome)
+    record, outcome = await finish(world, guest, snapshot, operation, steps, outcome)
+    if isinstance(outcome, StrataboxError):
+        raise outcome
     return record
 
 
@@ -181,36 +198,62 @@ async def _switch_running(
         )
         for step in steps
     ]
-    switched = False
+    freeze = Freeze(world, guest.require_agent(), operation, payload)
     try:
         await domain.disks.prepare([new for _, new in pairs])
         if level is Level.CRASH:
             begun = time.monotonic()
             await domain.disks.switch(pairs)
-            switched = True
             hit("snapshot.switched")
             stall = timedelta(seconds=time.monotonic() - begun)
             return Outcome(consistency=level, frozen=0, stall=stall)
-        freeze = Freeze(world, guest.require_agent(), operation, payload)
         await freeze.begin()
         try:
             hit("snapshot.frozen")
             await freeze.write_count()
             hit("snapshot.freeze-counted")
             await domain.disks.switch(pairs)
-            switched = True
             hit("snapshot.switched")
         finally:
             thawed = await settle(freeze.end())
         hit("snapshot.thawed")
-        verdict = freeze.verdict(thawed)
-        if verdict:
-            return FailedError(verdict, reason="FREEZE_FAILED")
-        return Outcome(consistency=level, frozen=freeze.frozen, stall=freeze.stall)
-    except BaseException:
-        if not switched:
+    except BaseException as error:
+        if not await settle(_may_be_switched(domain, pairs)):
             await settle(_undo(world, domain, pairs))
-        raise
+            raise
+        if isinstance(error, OSError):
+            return host_error(error)
+        if isinstance(error, StrataboxError):
+            return error
+        log.exception("snapshot of %s", guest.id)
+        return FailedError(OWN_ERROR)
+    verdict = freeze.verdict(thawed)
+    if verdict:
+        return FailedError(verdict, reason="FREEZE_FAILED")
+    return Outcome(consistency=level, frozen=freeze.frozen, stall=freeze.stall)
+
+
+async def _may_be_switched(domain: Domain, pairs: Sequence[tuple[ChainLayer, ChainLayer]]) -> bool:
+    """Whether the transaction has happened, which an error on the way does not tell.
+
+    Where nobody can be asked, yes: on top of the old layers the new ones are right in either case,
+    and without them what was written since the switch would be lost.
+    """
+    try:
+        active = set((await domain.disks.active_layers()).values())
+    except StrataboxError:
+        return True
+    return any(new.node in active for _, new in pairs)
+
+
+async def _name_the_end(domain: Domain, error: StrataboxError) -> StrataboxError:
+    """The guest's end as the reason, where an error came of that."""
+    await asyncio.wait({domain.exited}, timeout=END_SECONDS)
+    if not domain.exited.done() or domain.exited.cancelled():
+        return error
+    return FailedError(
+        f"the guest ended while it was taken: {domain.exited.result().reason}", reason="GUEST_ENDED"
+    )
 
 
 async def _undo(
@@ -231,11 +274,12 @@ async def finish(
     operation: Operation,
     steps: Sequence[Switch],
     outcome: Outcome | StrataboxError,
-) -> Snapshot:
+) -> tuple[Snapshot, Outcome | StrataboxError]:
     """Seal what was switched away from and write it all down in one transaction.
 
     The chain has grown whatever the outcome; a failed one leaves no snapshot on it.
 
+    :return: the record, and the outcome: sealing can have failed too.
     :raise UnsettledError: when the catalog cannot be written now; the guest owes it.
     """
     old_layers = [step.old for step in steps]
@@ -244,10 +288,9 @@ async def finish(
         layer_bytes = await in_thread(world.store.seal, old_layers)
         hit("snapshot.sealed")
     except OSError as error:
-        outcome = FailedError(
-            f"the sealed layers could not be made durable: {error.strerror or error}",
-            reason="HOST_DISK_FAILED",
-        )
+        outcome = host_error(error)
+    except StrataboxError as error:
+        outcome = error
 
     def write(tx: Transaction) -> Snapshot:
         live = sandboxes.get(tx, guest.id)
@@ -286,7 +329,7 @@ async def finish(
             frozen=outcome.frozen,
             stall=outcome.stall,
             disks=tuple(
-                SnapshotDisk(index=step.index, layer=step.old, size=step.size, serial=step.serial)
+                Disk(index=step.index, layer=step.old, size=step.size, serial=step.serial)
                 for step in steps
             ),
             layer_bytes=layer_bytes,
@@ -294,21 +337,25 @@ async def finish(
             parent=parent,
         )
 
-    async def settle_it() -> Snapshot:
-        record = await world.write(write)
-        hit("snapshot.ready-written")
-        world.bus.publish(Happening.UPDATED, record)
-        return record
+    records: list[Snapshot] = []
 
+    async def pay() -> None:
+        record = await world.write(write)
+        world.bus.publish(Happening.UPDATED, record)
+        records.append(record)
+
+    # Owed until it is paid, whatever comes in between: the disks *were* switched.
+    guest.owe(pay)
     try:
-        return await settle_it()
+        await guest.settle()
     except StrataboxError as error:
-        guest.owe(settle_it)
         raise UnsettledError(
             f"the snapshot was taken but could not be written down: {error.message}; it will be"
             " before anything else happens to the sandbox",
             snapshot_id=snapshot.id,
         ) from error
+    hit("snapshot.ready-written")
+    return records[0], outcome
 
 
 def _parent(tx: Transaction, layer: LayerId) -> Any:
@@ -362,23 +409,23 @@ class Freeze:
         await self._note(freezing=True)
         hit("snapshot.freeze-intended")
         seconds = self._world.config.freeze_timeout
+        # Before the freeze is asked for nothing needs to be undone: an agent that is deaf
+        # already is not waited for a second time.
+        status = await self._agent.fsfreeze_status(min(seconds, REPLY_SECONDS))
         self._begun = time.monotonic()
         try:
-            async with asyncio.timeout(seconds + 5):
-                status = await self._agent.fsfreeze_status()
-                if status != "thawed":
-                    raise FailedError(
-                        f"the guest's file systems were {status} already, by somebody else;"
-                        " they have been thawed",
-                        reason="FREEZE_FAILED",
-                    )
-                self.frozen = await self._agent.fsfreeze_freeze(seconds)
+            if status != "thawed":
+                raise FailedError(
+                    f"the guest's file systems were {status} already, by somebody else;"
+                    " they have been thawed",
+                    reason="FREEZE_FAILED",
+                )
+            self.frozen = await self._agent.fsfreeze_freeze(seconds)
+            if self.frozen == 0:
+                raise FailedError("the guest's agent froze no file system", reason="FREEZE_FAILED")
         except BaseException:
             await settle(self.end())
             raise
-        if self.frozen == 0:
-            await settle(self.end())
-            raise FailedError("the guest's agent froze no file system", reason="FREEZE_FAILED")
 
     async def write_count(self) -> None:
         """Persist how many were frozen, so that a killed daemon can still judge the thaw."""
@@ -396,6 +443,11 @@ class Freeze:
             return None
         if thawed is None:
             return "the guest's agent did not say how many file systems it thawed"
+        if thawed > self.frozen:
+            return (
+                f"{thawed - self.frozen} of the guest's {thawed} file systems were frozen already,"
+                " by somebody else; they have been thawed"
+            )
         return (
             f"{self.frozen} file systems were frozen but {thawed} were thawed: something in the"
             " guest ended the freeze early"

@@ -19,6 +19,7 @@ from stratabox.storage.catalog import operations, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.catalog.operations import Kind, Operation
 from stratabox.storage.failpoints import hit
+from stratabox.storage.files.durable import host_error
 from stratabox.storage.model.errors import InvalidArgumentError, NotFoundError, StrataboxError
 from stratabox.storage.model.ids import SandboxId, SnapshotId, mint
 from stratabox.storage.model.records import Sandbox, Snapshot
@@ -84,7 +85,8 @@ class Clones:
                 field="storage",
             )  # fmt: skip
         policy.check_env(wanted.env)
-        for name in (wanted.name, wanted.snapshot_name):
+        last = f"{wanted.name}-{wanted.count}" if wanted.name and wanted.count > 1 else wanted.name
+        for name in (last, wanted.snapshot_name):
             if name:
                 policy.check_name(name)
         return await self._flights.join(
@@ -102,9 +104,10 @@ class Clones:
         assert operation.snapshot is not None
         new = NewSnapshot(id=operation.snapshot, name=wanted.snapshot_name, level=wanted.level)
         copies: list[asyncio.Task[Sandbox]] = []
-        await self._world.write(lambda tx: operations.begin(tx, operation))
         try:
-            snapshot = await self._snapshots.create(reference, new)
+            await self._world.write(lambda tx: operations.begin(tx, operation))
+            # A snapshot outlives its callers: who gives up waits for it, to remove it then.
+            snapshot = await settle(self._snapshots.create(reference, new))
             hit("clone.snapshot-taken")
             copies = [
                 asyncio.create_task(self._copy(snapshot, wanted, number))
@@ -186,4 +189,6 @@ def _outcome(task: asyncio.Task[Sandbox]) -> Sandbox | StrataboxError:
         return task.result()
     if isinstance(error, StrataboxError):
         return error
+    if isinstance(error, OSError):
+        return host_error(error)
     raise error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 
-from stratabox.storage.model.errors import ConflictError
+from stratabox.storage.model.errors import ConflictError, UnavailableError
 from stratabox.storage.model.records import Image, Sandbox, Snapshot
 
 BACKLOG = 4096
@@ -42,22 +42,25 @@ class Subscription:
     """One watcher's queue of events."""
 
     def __init__(self) -> None:
-        self._queue: asyncio.Queue[Event] = asyncio.Queue(BACKLOG)
+        self._queue: asyncio.Queue[Event | None] = asyncio.Queue()
         self._behind = False
 
     def offer(self, event: Event) -> None:
         """Put one event in; a full queue ends the subscription instead of filling memory."""
-        if self._behind:
-            return  # nothing may follow what was missed
-        try:
-            self._queue.put_nowait(event)
-        except asyncio.QueueFull:
+        if self._queue.qsize() >= BACKLOG:
             self._behind = True
+        if not self._behind:  # nothing may follow what was missed
+            self._queue.put_nowait(event)
+
+    def end(self) -> None:
+        """Let the watcher go once it has read what is there."""
+        self._queue.put_nowait(None)
 
     async def events(self) -> AsyncIterator[Event]:
         """All events, as they come.
 
         :raise ConflictError: WATCH_BEHIND, when the watcher was too slow and has missed some.
+        :raise UnavailableError: DAEMON_ENDING.
         """
         while True:
             if self._behind and self._queue.empty():
@@ -65,7 +68,12 @@ class Subscription:
                     f"the watch fell more than {BACKLOG} events behind: start it again",
                     reason="WATCH_BEHIND",
                 )
-            yield await self._queue.get()
+            event = await self._queue.get()
+            if event is None:
+                raise UnavailableError(
+                    "the daemon is ending: watch again when it is back", reason="DAEMON_ENDING"
+                )
+            yield event
 
 
 class Bus:
@@ -73,16 +81,25 @@ class Bus:
 
     def __init__(self) -> None:
         self._subscriptions: set[Subscription] = set()
+        self._ended = False
 
     @contextmanager
     def subscribe(self) -> Iterator[Subscription]:
         """Take part from now on, until the context ends."""
         subscription = Subscription()
         self._subscriptions.add(subscription)
+        if self._ended:
+            subscription.end()
         try:
             yield subscription
         finally:
             self._subscriptions.discard(subscription)
+
+    def end(self) -> None:
+        """Let all watchers go, who would stay for ever: for the daemon's own end."""
+        self._ended = True
+        for subscription in self._subscriptions:
+            subscription.end()
 
     def publish(self, happening: Happening, record: Record, *, freed_bytes: int = 0) -> None:
         """Tell everyone."""

@@ -10,16 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
-from stratabox.daemon.hypervisor import exec as guest_exec
 from stratabox.daemon.hypervisor.agent import GuestAgent
 from stratabox.daemon.hypervisor.domain import Domain
 from stratabox.daemon.hypervisor.events import AgentPort, BlockError, Event, Panicked, Reset
 from stratabox.daemon.hypervisor.machine import DomainHandle
-from stratabox.daemon.lifecycle import policy
 from stratabox.daemon.lifecycle.events import Happening
 from stratabox.daemon.lifecycle.threads import in_thread, settle
 from stratabox.daemon.lifecycle.world import World
@@ -40,6 +38,7 @@ from stratabox.storage.model.states import SandboxState
 log = logging.getLogger(__name__)
 
 PAUSED_BY_USER = "paused by request"
+PAUSED_BY_DISK = "the host's disk was full or failed: look at it, then resume"
 
 
 def nothing_more(tx: Transaction) -> None:
@@ -129,6 +128,7 @@ class Guest:
         await self.settle()
         spec = await world.domain_spec(sandbox)
         handle = await world.launcher.start(spec)
+        domain: Domain | None = None
         try:
             hit("boot.started")
             domain = await Domain.attach(handle, self._on_event)
@@ -144,21 +144,26 @@ class Guest:
 
             record = await world.write(running)
         except BaseException:
+            if domain is not None:
+                await settle(domain.detach())
             await settle(world.launcher.stop(handle))
             raise
-        hit("boot.running-written")
-        world.bus.publish(Happening.UPDATED, record)
         self._take(domain)
+        world.bus.publish(Happening.UPDATED, record)
+        hit("boot.running-written")
         log.info("sandbox %s runs, pid %d", self.id, handle.pid)
         return record
 
-    async def adopt(self, handle: DomainHandle) -> Domain:
+    async def adopt(self, handle: DomainHandle, *, ready: bool) -> Domain:
         """Take over a domain that an earlier daemon started.
 
+        :param ready: its agent has answered before, so it can be spoken to at once.
         :raise UnavailableError: MONITOR_UNAVAILABLE, when it does not answer.
         """
         domain = await Domain.attach(handle, self._on_event)
         self._take(domain)
+        if ready:
+            self._ready.set()
         return domain
 
     async def end(self) -> None:
@@ -178,111 +183,7 @@ class Guest:
         if domain is not None:
             self._world.tasks.spawn(domain.detach(), f"detach {self.id}")
 
-    # Use cases on what runs. They take the lock.
-
-    async def start(self) -> Sandbox:
-        """Boot a stopped or failed sandbox from its disks.
-
-        :raise DeniedError: INVALID_STATE.
-        :raise FailedError: QEMU_FAILED; the record stays as it was.
-        """
-        async with self.lock:
-            sandbox = await self.record()
-            policy.require_state(sandbox, SandboxState.STOPPED, SandboxState.FAILED, action="start")
-            accelerator = self._world.accelerator.name
-            machine = replace(sandbox.machine, accelerator=accelerator)
-            return await self.boot(replace(sandbox, machine=machine))
-
-    async def stop(self, *, force: bool, timeout: float) -> Sandbox:
-        """Shut the guest down through its agent, and by force when that takes too long.
-
-        :param timeout: seconds that the guest may take.
-        :raise DeniedError: INVALID_STATE.
-        """
-        if force:
-            self.hurry.set()
-        async with self.lock:
-            self.hurry.clear()
-            sandbox = await self.record()
-            if sandbox.state is SandboxState.STOPPED:
-                return sandbox
-            policy.require_state(sandbox, SandboxState.RUNNING, SandboxState.PAUSED, action="stop")
-            clean = False
-            if not force and sandbox.state is SandboxState.RUNNING:
-                clean = await self._shut_down(timeout)
-            await self.end()
-            hit("stop.stopped")
-            if clean:
-                reason = "shut down by request"
-            elif force:
-                reason = "power cut by request"
-            else:
-                reason = "power cut: the guest did not shut down in time"
-            return await self._world.change_sandbox(
-                self.id,
-                state=SandboxState.STOPPED,
-                state_reason=reason,
-                ready=False,
-                clean_shutdown=clean,
-            )
-
-    async def pause(self) -> Sandbox:
-        """Stop the vCPUs. :raise DeniedError: INVALID_STATE."""
-        async with self.lock:
-            sandbox = await self.record()
-            if sandbox.state is SandboxState.PAUSED:
-                return sandbox
-            policy.require_state(sandbox, SandboxState.RUNNING, action="pause")
-            await self.require_domain().pause()
-            hit("pause.stopped")
-            return await self._world.change_sandbox(
-                self.id, state=SandboxState.PAUSED, state_reason=PAUSED_BY_USER
-            )
-
-    async def resume(self) -> Sandbox:
-        """Let the vCPUs run again. :raise DeniedError: INVALID_STATE."""
-        async with self.lock:
-            sandbox = await self.record()
-            if sandbox.state is SandboxState.RUNNING:
-                return sandbox
-            policy.require_state(sandbox, SandboxState.PAUSED, action="resume")
-            await self.require_domain().cont()
-            hit("resume.continued")
-            return await self._world.change_sandbox(
-                self.id, state=SandboxState.RUNNING, state_reason=""
-            )
-
-    async def execute(
-        self,
-        argv: Sequence[str],
-        *,
-        env: Mapping[str, str],
-        cwd: str,
-        timeout: float | None,
-    ) -> guest_exec.ExecResult:
-        """Run one command in the guest.
-
-        :param timeout: seconds; None: no limit.
-        :raise DeniedError: INVALID_STATE, when the sandbox does not run.
-        :raise UnavailableError: AGENT_UNAVAILABLE.
-        """
-        sandbox = await self.record()
-        policy.require_state(sandbox, SandboxState.RUNNING, action="execute a command in")
-        if not self.is_ready:
-            raise UnavailableError(
-                f"the agent of sandbox {sandbox.name!r} has not answered since its start:"
-                " wait until it is ready",
-                reason="AGENT_UNAVAILABLE",
-                sandbox=self.id,
-            )
-        environment = {**sandbox.env, **env}
-        return await guest_exec.execute(
-            self.require_agent(),
-            argv,
-            env=environment,
-            cwd=cwd or environment.get("HOME", "/root"),
-            timeout=timeout,
-        )
+    # Waiting, without the lock.
 
     async def wait_ready(self, timeout: float) -> Sandbox:
         """Wait until the agent has answered since this start.
@@ -337,6 +238,14 @@ class Guest:
             asyncio.create_task(self._watch_exit(domain), name=f"watch {self.id}"),
             asyncio.create_task(self._watch_agent(domain), name=f"agent {self.id}"),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._watcher_ended)
+
+    def _watcher_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            # QEMU that died under it is told of by the other watcher; anything else is a bug.
+            level = logging.INFO if isinstance(error, StrataboxError) else logging.ERROR
+            log.log(level, "%s ended: %s", task.get_name(), error, exc_info=error)
 
     def _release(self) -> Domain | None:
         domain, self._domain = self._domain, None
@@ -360,24 +269,6 @@ class Guest:
             return await self.require_domain().serial_tail()
         except StrataboxError:
             return ""
-
-    async def _shut_down(self, timeout: float) -> bool:
-        """Ask the guest to power off; tell whether it did, in order and in time."""
-        domain, agent = self.require_domain(), self.require_agent()
-        if not self.is_ready:
-            return False
-        try:
-            await agent.shutdown()
-        except StrataboxError as error:
-            log.warning("sandbox %s: no orderly shutdown: %s", self.id, error)
-            return False
-        hurry = asyncio.create_task(self.hurry.wait())
-        try:
-            either: set[asyncio.Future[Any]] = {hurry, domain.exited}
-            await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            return domain.exited.done() and domain.exited.result().guest
-        finally:
-            hurry.cancel()
 
     def _on_event(self, event: Event) -> None:
         """What QEMU tells by itself. Called in the event loop; must not block."""
@@ -453,6 +344,7 @@ class Guest:
                     try:
                         waiting.result()
                     except UnavailableError:
+                        self._ready.clear()
                         await self._note(
                             ready=False,
                             state_reason=f"the guest's agent has not answered for {limit:g} s",

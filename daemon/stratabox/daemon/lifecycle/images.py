@@ -19,12 +19,12 @@ from stratabox.daemon.images.importer import import_disk
 from stratabox.daemon.images.tiny import build_tiny
 from stratabox.daemon.lifecycle import policy
 from stratabox.daemon.lifecycle.events import Happening
-from stratabox.daemon.lifecycle.threads import in_thread, settle
+from stratabox.daemon.lifecycle.threads import in_thread, settle, undone_by
 from stratabox.daemon.lifecycle.world import World
 from stratabox.storage.catalog import images, layers, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.failpoints import hit
-from stratabox.storage.model.errors import DeniedError, FailedError
+from stratabox.storage.model.errors import DeniedError
 from stratabox.storage.model.ids import ImageId, mint
 from stratabox.storage.model.records import Image, KernelBoot, Layer
 from stratabox.storage.model.states import ImageState, LayerState
@@ -159,21 +159,19 @@ class Images:
         try:
             hit("image.row-written")
             world.bus.publish(Happening.CREATED, image)
-            await in_thread(work.mkdir, mode=0o700)
-            built = await builder(work)
-            hit("image.built")
-            record, replaced = await settle(self._store(image.id, name, built))
-        except OSError as error:
-            await settle(self.discard(image.id))
-            raise FailedError(
-                f"the host's disk failed: {error.strerror or error}", reason="HOST_DISK_FAILED"
-            ) from error
+            try:
+                await in_thread(work.mkdir, mode=0o700)
+                built = await builder(work)
+                hit("image.built")
+                record, replaced = await settle(self._store(image.id, name, built))
+            finally:
+                # First of all: on a full disk the catalog can take nothing before this is gone.
+                await in_thread(shutil.rmtree, work, ignore_errors=True)
         except BaseException:
             await settle(self.discard(image.id))
             raise
         finally:
             self._busy.discard(image.id)
-            await in_thread(shutil.rmtree, work, ignore_errors=True)
         if replaced is not None:
             await self._retire(replaced)
         return record
@@ -201,7 +199,6 @@ class Images:
 
         image_record = await self._world.read(lambda tx: images.get(tx, image))
         layer, boot = await in_thread(take)
-        hit("image.files-stored")
 
         def write(tx: Transaction) -> tuple[Image, ImageId | None]:
             replaced = _take_name(tx, name, image)
@@ -217,7 +214,9 @@ class Images:
             )
             return ready, replaced
 
-        record, replaced = await self._world.write(write)
+        async with undone_by(lambda: in_thread(store.remove_overlays, [layer.id])):
+            hit("image.files-stored")
+            record, replaced = await self._world.write(write)
         hit("image.ready-written")
         self._world.bus.publish(Happening.UPDATED, record)
         return record, replaced

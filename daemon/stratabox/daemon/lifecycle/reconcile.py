@@ -19,7 +19,7 @@ from stratabox.daemon.hypervisor.domain import Domain
 from stratabox.daemon.hypervisor.machine import ChainLayer, DomainHandle
 from stratabox.daemon.lifecycle.capture import Outcome, Switch, fail, finish, switches_of, thaw
 from stratabox.daemon.lifecycle.clones import Clones
-from stratabox.daemon.lifecycle.guest import PAUSED_BY_USER, Guest
+from stratabox.daemon.lifecycle.guest import PAUSED_BY_DISK, PAUSED_BY_USER, Guest
 from stratabox.daemon.lifecycle.guests import Guests
 from stratabox.daemon.lifecycle.images import Images
 from stratabox.daemon.lifecycle.reverts import Reverts
@@ -30,7 +30,12 @@ from stratabox.storage.catalog import images, operations, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.catalog.operations import Kind, Operation
 from stratabox.storage.files.store import NewOverlay
-from stratabox.storage.model.errors import FailedError, NotFoundError, StrataboxError
+from stratabox.storage.model.errors import (
+    FailedError,
+    NotFoundError,
+    StrataboxError,
+    UnavailableError,
+)
 from stratabox.storage.model.ids import LayerId
 from stratabox.storage.model.records import Sandbox, Snapshot
 from stratabox.storage.model.states import ImageState, Level, SandboxState
@@ -70,7 +75,8 @@ class Reconcile:
         for handle in handles.values():
             log.warning("ending domain %s, which no sandbox has", handle.sandbox)
             await world.launcher.stop(handle)
-        for operation in unfinished:
+        # Clones last: what they undo is settled then, their snapshot above all.
+        for operation in sorted(unfinished, key=lambda each: each.kind is Kind.CLONE):
             await self._operation(operation)
         for record in await world.read(sandboxes.everything):
             if record.state is SandboxState.TERMINATING:
@@ -117,9 +123,9 @@ class Reconcile:
             return
         guest = self._guests.of(record.id)
         try:
-            domain = await guest.adopt(handle)
-            await self._agree_on_pause(record, domain)
-        except StrataboxError as error:
+            domain = await guest.adopt(handle, ready=record.ready)
+            status = await self._status(record, domain)
+        except (UnavailableError, FailedError) as error:
             log.error("sandbox %s: its QEMU cannot be controlled: %s", record.id, error)
             await guest.end()
             await world.launcher.stop(handle)
@@ -129,16 +135,30 @@ class Reconcile:
                 state_reason=f"its QEMU could not be taken over and was ended: {error.message}",
                 ready=False,
             )
+            return
+        await self._agree_on_pause(record, status)
 
-    async def _agree_on_pause(self, record: Sandbox, domain: Domain) -> None:
-        """Killed between the act and the record: a promised pause stays, any other ends."""
+    async def _status(self, record: Sandbox, domain: Domain) -> str:
+        """What the domain does, once a pause that was never promised has ended.
+
+        :raise FailedError: when QEMU has stopped its guest for good.
+        """
         status = await domain.status()
-        if status == "running" and record.state is SandboxState.PAUSED:
-            await self._world.change_sandbox(record.id, state=SandboxState.RUNNING, state_reason="")
-        elif status in ("paused", "prelaunch") and record.state is SandboxState.RUNNING:
+        if status in ("guest-panicked", "internal-error"):
+            raise FailedError(f"its guest was stopped for good ({status})")
+        if status in ("paused", "prelaunch") and record.state is SandboxState.RUNNING:
             await domain.cont()
-        elif status == "paused" and not record.state_reason:
-            await self._world.change_sandbox(record.id, state_reason=PAUSED_BY_USER)
+        return status
+
+    async def _agree_on_pause(self, record: Sandbox, status: str) -> None:
+        """Killed between the act and the record; or nobody heard that QEMU stopped by itself."""
+        change = self._world.change_sandbox
+        if status == "io-error" and record.state is SandboxState.RUNNING:
+            await change(record.id, state=SandboxState.PAUSED, state_reason=PAUSED_BY_DISK)
+        elif status == "running" and record.state is SandboxState.PAUSED:
+            await change(record.id, state=SandboxState.RUNNING, state_reason="")
+        elif record.state is SandboxState.PAUSED and not record.state_reason:
+            await change(record.id, state_reason=PAUSED_BY_USER)
 
     async def _operation(self, operation: Operation) -> None:
         log.info("finishing or undoing %s %s", operation.kind, operation.id)
@@ -153,7 +173,7 @@ class Reconcile:
                     await self._revert(operation)
                 case Kind.CLONE:
                     await self._clones.undo(operation)
-        except StrataboxError as error:
+        except (StrataboxError, OSError) as error:
             # The row stays, and the next start tries again; the rest must not wait for it.
             log.error("%s %s could not be settled: %s", operation.kind, operation.id, error)
 
@@ -176,15 +196,25 @@ class Reconcile:
             return
         guest = self._guests.of(sandbox_id)
         async with guest.lock:
-            thawed = await self._thaw(guest, operation)
-            steps = switches_of(operation.payload)
-            if not await self._was_switched(guest, steps):
-                await self._drop(guest, steps)
-                reason = "the daemon was stopped before it was taken"
-                await fail(self._world, snapshot, operation, reason)
-                return
-            outcome = _judge(guest, operation, thawed)
-            await finish(self._world, guest, snapshot, operation, steps, outcome)
+            try:
+                await self._settle_snapshot(guest, snapshot, operation)
+            except (StrataboxError, OSError):
+                # Until it is settled nothing may trust the record's disks.
+                guest.owe(lambda: self._settle_snapshot(guest, snapshot, operation))
+                raise
+
+    async def _settle_snapshot(
+        self, guest: Guest, snapshot: Snapshot, operation: Operation
+    ) -> None:
+        thawed = await self._thaw(guest, operation)
+        steps = switches_of(operation.payload)
+        if not await self._was_switched(guest, steps):
+            await self._drop(guest, steps)
+            reason = "the daemon was stopped before it was taken"
+            await fail(self._world, snapshot, operation, reason)
+            return
+        outcome = _judge(guest, operation, thawed)
+        await finish(self._world, guest, snapshot, operation, steps, outcome)
 
     async def _thaw(self, guest: Guest, operation: Operation) -> int | None:
         """Undo a freeze that a killed daemon left; how many file systems it thawed."""
@@ -241,6 +271,10 @@ def _is_unmade(world: World, steps: list[Switch]) -> bool:
 
 def _judge(guest: Guest, operation: Operation, thawed: int | None) -> Outcome | StrataboxError:
     """What a snapshot achieved whose transaction happened but whose record was never finished."""
+    if operation.payload.get("running") and guest.domain is None:
+        return FailedError(
+            "its QEMU ended while the daemon was away: at which instant cannot be told any more"
+        )
     level = Level(operation.payload["level"])
     frozen = operation.payload.get("frozen", 0)
     if level is Level.CRASH or not operation.payload.get("running"):

@@ -13,14 +13,14 @@ from stratabox.daemon.lifecycle.guest import Guest
 from stratabox.daemon.lifecycle.guests import Guests
 from stratabox.daemon.lifecycle.sandboxes import require_ready
 from stratabox.daemon.lifecycle.snapshots import NewSnapshot, Snapshots
-from stratabox.daemon.lifecycle.threads import in_thread, settle
+from stratabox.daemon.lifecycle.threads import in_thread, settle, undone_by
 from stratabox.daemon.lifecycle.world import World
 from stratabox.storage.catalog import layers, operations, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.catalog.operations import Kind, Operation
 from stratabox.storage.failpoints import hit
 from stratabox.storage.files.store import NewOverlay
-from stratabox.storage.model.errors import DeniedError, FailedError, StrataboxError
+from stratabox.storage.model.errors import DeniedError, StrataboxError
 from stratabox.storage.model.ids import LayerId, SnapshotId, mint
 from stratabox.storage.model.records import Disk, Layer, Sandbox, Snapshot
 from stratabox.storage.model.states import LayerState, Level, SandboxState
@@ -78,22 +78,13 @@ class Reverts:
             operation, overlays = await world.write(
                 lambda tx: _write_down(tx, sandbox, target, boots=boots)
             )
-            hit("revert.row-written")
-            await guest.end()
-            hit("revert.stopped")
-            try:
+            async with undone_by(lambda: self._back(guest, operation, overlays)):
+                hit("revert.row-written")
+                await guest.end()
+                hit("revert.stopped")
                 await in_thread(world.store.make_overlays, overlays)
                 hit("revert.overlays-made")
-            except OSError as error:
-                await self._back(guest, sandbox, operation)
-                raise FailedError(
-                    f"the host's disk failed: {error.strerror or error}",
-                    reason="HOST_DISK_FAILED",
-                ) from error
-            except BaseException:
-                await self._back(guest, sandbox, operation)
-                raise
-            record = await self.switch_disks(guest, operation)
+                record = await self.switch_disks(guest, operation)
             hit("revert.disks-switched")
             if boots:
                 record = await self.boot(guest, record, operation)
@@ -104,10 +95,10 @@ class Reverts:
         """Boot what the disks were switched to; when that fails, it stays stopped and is over."""
         try:
             return await guest.boot(record, lambda tx: operations.end(tx, operation.id))
-        except StrataboxError as error:
+        except (StrataboxError, OSError) as error:
             await self._world.write(lambda tx: operations.end(tx, operation.id))
             await self._world.change_sandbox(
-                guest.id, state_reason=f"{record.state_reason}, but not started: {error.message}"
+                guest.id, state_reason=f"{record.state_reason}, but not started: {error}"
             )
             raise
 
@@ -199,22 +190,21 @@ class Reverts:
             ),
         )
 
-    async def _back(self, guest: Guest, sandbox: Sandbox, operation: Operation) -> None:
-        """The disks are as they were: boot from them again if it ran."""
-
-        async def restart() -> None:
-            if operation.payload["boots"]:
-                await self._world.change_sandbox(
-                    guest.id,
-                    state=SandboxState.STOPPED,
-                    state_reason="a revert failed; its disks are as they were",
-                    ready=False,
-                )
-                await self.boot(guest, await guest.record(), operation)
-            else:
-                await self._world.write(lambda tx: operations.end(tx, operation.id))
-
-        await settle(restart())
+    async def _back(
+        self, guest: Guest, operation: Operation, overlays: Sequence[NewOverlay]
+    ) -> None:
+        """The disks are as they were: boot from them again if it ran and does not any more."""
+        await in_thread(self._world.store.remove_overlays, [overlay.id for overlay in overlays])
+        if operation.payload["boots"] and guest.domain is None:
+            record = await self._world.change_sandbox(
+                guest.id,
+                state=SandboxState.STOPPED,
+                state_reason="a revert failed; its disks are as they were",
+                ready=False,
+            )
+            await self.boot(guest, record, operation)
+        else:
+            await self._world.write(lambda tx: operations.end(tx, operation.id))
 
 
 def _write_down(

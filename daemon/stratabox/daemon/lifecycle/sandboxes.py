@@ -28,7 +28,6 @@ from stratabox.storage.failpoints import hit
 from stratabox.storage.files.store import NewOverlay
 from stratabox.storage.model.errors import (
     DeniedError,
-    FailedError,
     InvalidArgumentError,
     NoSpaceError,
 )
@@ -164,7 +163,12 @@ class Sandboxes:
 
     async def _delete(self, sandbox: SandboxId) -> None:
         record = await self.end(sandbox)
-        await self._world.write(lambda tx: sandboxes.delete(tx, sandbox))
+
+        def write(tx: Transaction) -> None:
+            sandboxes.get(tx, sandbox)  # of two deletes at once, one must be told that it is gone
+            sandboxes.delete(tx, sandbox)
+
+        await self._world.write(write)
         hit("delete-sandbox.row-removed")
         self._guests.forget(sandbox)
         self._world.bus.publish(Happening.DELETED, record)
@@ -190,11 +194,6 @@ class Sandboxes:
             if wanted.ready_timeout is None:
                 return record
             return await guest.wait_ready(wanted.ready_timeout)
-        except OSError as error:
-            await settle(self.erase(operation.sandbox))
-            raise FailedError(
-                f"the host's disk failed: {error.strerror or error}", reason="HOST_DISK_FAILED"
-            ) from error
         except BaseException:
             await settle(self.erase(operation.sandbox))
             raise

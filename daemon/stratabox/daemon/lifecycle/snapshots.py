@@ -16,7 +16,7 @@ from stratabox.daemon.lifecycle.naming import make_up
 from stratabox.daemon.lifecycle.once import Flights, Key
 from stratabox.daemon.lifecycle.threads import settle
 from stratabox.daemon.lifecycle.world import World
-from stratabox.storage.catalog import gc, idempotency, layers, operations, sandboxes, snapshots
+from stratabox.storage.catalog import gc, layers, operations, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.catalog.operations import Kind, Operation
 from stratabox.storage.failpoints import hit
@@ -206,7 +206,6 @@ class Snapshots:
             )
 
         record = await self._world.write(write)
-        hit("snapshot.row-written")
         self._world.bus.publish(Happening.CREATED, record)
         return record, operation
 
@@ -233,7 +232,6 @@ class Snapshots:
             kept_for = sorted({user for top in tops for user in layers.users(tx, top)})
             kept_for = [user for user in kept_for if user != record.id]
             snapshots.delete(tx, record.id)
-            idempotency.forget_outcome(tx, "snapshot", record.id)
             parents = {layer.id: layer.parent for layer in layers.everything(tx)}
             goes, stays = gc.freed_by_removing(tops, layers.referenced(tx), parents)
             # Only the layers that this snapshot itself sealed count as its own.

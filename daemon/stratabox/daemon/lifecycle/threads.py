@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import Executor
+from contextlib import asynccontextmanager
 from typing import Any, ParamSpec, TypeVar
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,16 @@ async def settle(awaitable: Awaitable[T]) -> T:
                 continue
         if not future.cancelled():
             future.exception()  # seen: the cancellation is what the waiter hears of
+        raise
+
+
+@asynccontextmanager
+async def undone_by(undo: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
+    """Run `undo` to its end when the body fails or is cancelled."""
+    try:
+        yield
+    except BaseException:
+        await settle(undo())
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,11 +17,13 @@ from stratabox.daemon.lifecycle.threads import Tasks, in_executor, in_thread
 from stratabox.storage.catalog import images, layers, sandboxes, snapshots
 from stratabox.storage.catalog.database import Catalog, Transaction
 from stratabox.storage.files.store import Store
-from stratabox.storage.model.errors import CorruptError
+from stratabox.storage.model.errors import CorruptError, StrataboxError
 from stratabox.storage.model.ids import ImageId, SandboxId, Sha256, SnapshotId
 from stratabox.storage.model.records import Image, Sandbox, Snapshot
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +82,14 @@ class World:
     async def sweep(self) -> int:
         """Remove the layers that nothing needs; returns the bytes that came free.
 
-        In the catalog's thread, so that two sweeps never meet.
+        In the catalog's thread, so that two sweeps never meet. It never fails its caller, who has
+        done what was asked: what could not be removed is removed the next time.
         """
-        return await in_executor(self.worker, lambda: self.store.sweep(self.catalog))
+        try:
+            return await in_executor(self.worker, lambda: self.store.sweep(self.catalog))
+        except (OSError, StrataboxError) as error:
+            log.error("garbage stays until the next sweep: %s", error)
+            return 0
 
     async def sweep_blobs(self) -> None:
         """Remove the blobs that nothing needs. Only while no image is being made."""

@@ -56,8 +56,22 @@ def chain(tx: Transaction, top: LayerId) -> list[Layer]:
 
 
 def depth(tx: Transaction, top: LayerId) -> int:
-    """How many layers the chain has, `top` and the image's included."""
-    return len(chain(tx, top))
+    """Layers in the chain below and with `top`; 0 when it is gone.
+
+    It is asked for records that may be older than the catalog: events, and answers on their way.
+    """
+    row = tx.row(
+        """
+        WITH RECURSIVE below (id, parent) AS (
+            SELECT id, parent FROM layers WHERE id = ?
+            UNION SELECT layers.id, layers.parent FROM layers JOIN below ON layers.id = below.parent
+        )
+        SELECT count(*) AS layers FROM below
+        """,
+        (top,),
+    )
+    assert row is not None
+    return int(row["layers"])
 
 
 def everything(tx: Transaction) -> list[Layer]:

@@ -27,10 +27,9 @@ def resolve(tx: Transaction, table: str, noun: str, reference: str, prefer: str 
     :raise NotFoundError: NOUN_NOT_FOUND.
     :raise DeniedError: AMBIGUOUS_NAME, with the ids in the metadata.
     """
-    if is_id(reference):
-        if tx.row(f"SELECT id FROM {table} WHERE id = ?", (reference,)):
-            return reference
-    elif reference:
+    if is_id(reference) and tx.row(f"SELECT id FROM {table} WHERE id = ?", (reference,)):
+        return reference
+    if reference:
         for condition in (f"({prefer})", f"NOT ({prefer})"):
             named = tx.rows(
                 f"SELECT id FROM {table} WHERE name = ? AND {condition} LIMIT 21", (reference,)

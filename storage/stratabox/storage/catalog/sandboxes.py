@@ -10,9 +10,10 @@ from typing import Any
 
 from stratabox.storage.catalog import lookup, machines
 from stratabox.storage.catalog.database import Row, Transaction, json_of, text_of, time_of
+from stratabox.storage.catalog.disks import OF_SANDBOXES
 from stratabox.storage.model.errors import NotFoundError
-from stratabox.storage.model.ids import ImageId, LayerId, SandboxId, SnapshotId
-from stratabox.storage.model.records import Disk, Sandbox
+from stratabox.storage.model.ids import ImageId, SandboxId, SnapshotId
+from stratabox.storage.model.records import Sandbox
 from stratabox.storage.model.states import NEXT_SANDBOX, SandboxState, check_step
 
 
@@ -20,7 +21,7 @@ def insert(tx: Transaction, sandbox: Sandbox) -> Sandbox:
     """Add a sandbox with its disks; returns it with its generation."""
     sandbox = replace(sandbox, generation=tx.next_generation())
     tx.insert("sandboxes", {"id": sandbox.id, **_columns(sandbox)})
-    _insert_disks(tx, sandbox)
+    OF_SANDBOXES.insert(tx, sandbox.id, sandbox.disks)
     return sandbox
 
 
@@ -56,8 +57,7 @@ def change(tx: Transaction, sandbox: SandboxId, **changes: Any) -> Sandbox:
     check_step(NEXT_SANDBOX, old.state, new.state)
     tx.update("sandboxes", sandbox, _columns(new))
     if new.disks != old.disks:
-        tx.execute("DELETE FROM disks WHERE sandbox = ?", (sandbox,))
-        _insert_disks(tx, new)
+        OF_SANDBOXES.replace(tx, sandbox, new.disks)
     return new
 
 
@@ -129,20 +129,6 @@ def users_of_image(tx: Transaction, image: ImageId) -> list[str]:
     return sorted(row["id"] for row in rows)
 
 
-def _insert_disks(tx: Transaction, sandbox: Sandbox) -> None:
-    for disk in sandbox.disks:
-        tx.insert(
-            "disks",
-            {
-                "sandbox": sandbox.id,
-                "idx": disk.index,
-                "layer": disk.layer,
-                "size": disk.size,
-                "serial": disk.serial,
-            },
-        )
-
-
 def _columns(sandbox: Sandbox) -> dict[str, Any]:
     return {
         "name": sandbox.name,
@@ -172,15 +158,6 @@ def _columns(sandbox: Sandbox) -> dict[str, Any]:
 
 
 def _sandbox(tx: Transaction, row: Row) -> Sandbox:
-    disks = tuple(
-        Disk(
-            index=disk["idx"],
-            layer=LayerId(disk["layer"]),
-            size=disk["size"],
-            serial=disk["serial"],
-        )
-        for disk in tx.rows("SELECT * FROM disks WHERE sandbox = ? ORDER BY idx", (row["id"],))
-    )
     return Sandbox(
         id=SandboxId(row["id"]),
         name=row["name"],
@@ -197,7 +174,7 @@ def _sandbox(tx: Transaction, row: Row) -> Sandbox:
         memory=row["memory"],
         storage=row["storage"],
         machine=machines.load(row["machine"]),
-        disks=disks,
+        disks=OF_SANDBOXES.of(tx, row["id"]),
         env=json.loads(row["env"]),
         metadata=json.loads(row["metadata"]),
         tags=tuple(json.loads(row["tags"])),

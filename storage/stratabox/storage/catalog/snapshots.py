@@ -10,9 +10,10 @@ from typing import Any
 
 from stratabox.storage.catalog import lookup, machines
 from stratabox.storage.catalog.database import Row, Transaction, json_of, text_of, time_of
+from stratabox.storage.catalog.disks import OF_SNAPSHOTS
 from stratabox.storage.model.errors import NotFoundError
 from stratabox.storage.model.ids import ImageId, LayerId, SandboxId, SnapshotId
-from stratabox.storage.model.records import Snapshot, SnapshotDisk
+from stratabox.storage.model.records import Snapshot
 from stratabox.storage.model.states import NEXT_SNAPSHOT, Level, SnapshotState, check_step
 
 
@@ -20,7 +21,7 @@ def insert(tx: Transaction, snapshot: Snapshot) -> Snapshot:
     """Add a snapshot; returns it with its generation."""
     snapshot = replace(snapshot, generation=tx.next_generation())
     tx.insert("snapshots", {"id": snapshot.id, **_columns(snapshot)})
-    _insert_disks(tx, snapshot)
+    OF_SNAPSHOTS.insert(tx, snapshot.id, snapshot.disks)
     return snapshot
 
 
@@ -54,8 +55,7 @@ def change(tx: Transaction, snapshot: SnapshotId, **changes: Any) -> Snapshot:
     check_step(NEXT_SNAPSHOT, old.state, new.state)
     tx.update("snapshots", snapshot, _columns(new))
     if new.disks != old.disks:
-        tx.execute("DELETE FROM snapshot_disks WHERE snapshot = ?", (snapshot,))
-        _insert_disks(tx, new)
+        OF_SNAPSHOTS.replace(tx, snapshot, new.disks)
     return new
 
 
@@ -136,20 +136,6 @@ def users_of_image(tx: Transaction, image: ImageId) -> list[str]:
     return sorted(row["id"] for row in rows)
 
 
-def _insert_disks(tx: Transaction, snapshot: Snapshot) -> None:
-    for disk in snapshot.disks:
-        tx.insert(
-            "snapshot_disks",
-            {
-                "snapshot": snapshot.id,
-                "idx": disk.index,
-                "layer": disk.layer,
-                "size": disk.size,
-                "serial": disk.serial,
-            },
-        )
-
-
 def _columns(snapshot: Snapshot) -> dict[str, Any]:
     return {
         "name": snapshot.name,
@@ -179,17 +165,6 @@ def _columns(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _snapshot(tx: Transaction, row: Row) -> Snapshot:
-    disks = tuple(
-        SnapshotDisk(
-            index=disk["idx"],
-            layer=LayerId(disk["layer"]),
-            size=disk["size"],
-            serial=disk["serial"],
-        )
-        for disk in tx.rows(
-            "SELECT * FROM snapshot_disks WHERE snapshot = ? ORDER BY idx", (row["id"],)
-        )
-    )
     return Snapshot(
         id=SnapshotId(row["id"]),
         name=row["name"],
@@ -204,7 +179,7 @@ def _snapshot(tx: Transaction, row: Row) -> Snapshot:
         memory=row["memory"],
         storage=row["storage"],
         machine=machines.load(row["machine"]),
-        disks=disks,
+        disks=OF_SNAPSHOTS.of(tx, row["id"]),
         env=json.loads(row["env"]),
         metadata=json.loads(row["metadata"]),
         created_at=datetime.fromisoformat(row["created_at"]),

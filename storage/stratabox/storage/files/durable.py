@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stratabox.storage.model.errors import NoSpaceError
+from stratabox.storage.model.errors import FailedError, NoSpaceError, StrataboxError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -23,9 +25,18 @@ def naming_a_full_disk() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _FULL:
             raise
-        raise NoSpaceError(f"no space left on the host's disk: {error}") from error
+        raise host_error(error) from error
+
+
+def host_error(error: OSError) -> StrataboxError:
+    """What a failure of the host means to a caller: NO_SPACE or HOST_DISK_FAILED."""
+    if error.errno in _FULL:
+        return NoSpaceError(f"no space left on the host's disk: {error}")
+    return FailedError(
+        f"the host's disk failed: {error.strerror or error}", reason="HOST_DISK_FAILED"
+    )
 
 
 def sync_file(path: Path) -> None:

@@ -7,7 +7,7 @@ STATE_DIR/                 0700
 ├── api.sock               the API, where no other address is configured
 ├── layers/ID.qcow2        one file for each layer; 0600 while active, 0400 once sealed
 ├── blobs/SHA256           kernels, initrds, firmware; 0444
-├── firmware/SHA256/NAME   hard links to blobs, under the names that QEMU asks for
+├── firmware/HASH/NAME     hard links to blobs, under the names that QEMU asks for
 ├── sandboxes/ID/          one folder for each domain: sockets, QEMU's messages
 └── work/ID/               builds and imports under way; emptied at start
 ```

@@ -10,6 +10,7 @@ by name: it gets descriptors, so its own uid needs no right to any file.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -17,8 +18,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from stratabox.storage.catalog import gc, images, layers, sandboxes, snapshots
-from stratabox.storage.catalog.database import Catalog, Transaction
+from stratabox.storage.catalog import gc, images, layers, operations, sandboxes, snapshots
+from stratabox.storage.catalog.database import Catalog, Transaction, json_of
 from stratabox.storage.catalog.machines import blobs_of
 from stratabox.storage.failpoints import hit
 from stratabox.storage.files import durable
@@ -136,11 +137,11 @@ class Store:
     def firmware_folder(self, files: Mapping[str, Sha256]) -> Path:
         """A folder with those blobs under those names, for QEMU's ``-L``.
 
-        Made again at every use, so that a lost one costs nothing; its own name is the BIOS's hash.
+        Made again at every use, so that a lost one costs nothing. Named by the hash of its content.
 
         :raise CorruptError: BLOB_MISSING, when a blob is not there.
         """
-        folder = self.layout.firmware / files["bios-256k.bin"]
+        folder = self.layout.firmware / hashlib.sha256(json_of(dict(files)).encode()).hexdigest()
         # QEMU enters it under a uid of its own, through an inherited descriptor.
         folder.mkdir(mode=0o755, exist_ok=True)
         folder.chmod(0o755)
@@ -192,7 +193,8 @@ class Store:
     def sweep_strays(self, catalog: Catalog, *, keep: Iterable[Sha256] = ()) -> None:
         """At start, before anything runs: remove files that no row names, report rows without.
 
-        Safe only while nothing is under way: a file is made before its row is written.
+        Safe only while nothing is under way: a file is made before its row is written. What an
+        operation that could not be settled has made stays: a guest may be writing it.
 
         :param keep: blobs that stay although no record needs them yet.
         :raise CorruptError: CATALOG_LOST, when there are layers and the catalog is a new one.
@@ -200,6 +202,11 @@ class Store:
         with catalog.transaction() as tx:
             known = {
                 self.layout.layer_name(layer.id): layer.state for layer in layers.everything(tx)
+            }
+            spared = {
+                self.layout.layer_name(disk["new"])
+                for operation in operations.unfinished(tx)
+                for disk in operation.payload.get("disks", ())
             }
             (store,) = tx.rows("SELECT generation FROM store")
         found = sum(1 for _ in self.layout.layers.iterdir())
@@ -211,7 +218,7 @@ class Store:
                 reason="CATALOG_LOST",
             )
         for path in self.layout.layers.iterdir():
-            if path.name not in known:
+            if path.name not in known and path.name not in spared:
                 log.warning("removing stray layer %s", path.name)
                 path.unlink()
         self.sweep_blobs(catalog, keep)
@@ -232,12 +239,13 @@ class Store:
         """
         with catalog.transaction() as tx:
             wanted = _needed_blobs(tx) | set(keep)
-        for path in self.layout.firmware.iterdir():
-            if path.name not in wanted:
-                shutil.rmtree(path)
         for path in self.layout.blobs.iterdir():
             if path.name not in wanted:
                 path.unlink()
+        for folder in self.layout.firmware.iterdir():
+            # Hard links: one whose blob is gone is the last name of its file.
+            if any(path.stat().st_nlink == 1 for path in folder.iterdir()):
+                shutil.rmtree(folder)
 
 
 def _needed_blobs(tx: Transaction) -> set[Sha256]:

@@ -64,7 +64,7 @@ class DeniedError(StrataboxError):
     """Not in this state of things.
 
     INVALID_STATE, IMAGE_IN_USE, SNAPSHOT_NOT_READY, AMBIGUOUS_NAME, STATE_DIR_IN_USE,
-    TOOL_MISSING.
+    TOOL_MISSING, KVM_UNUSABLE, IMAGE_NOT_READY, NOT_ITS_SNAPSHOT, CATALOG_TOO_NEW.
     """
 
     default_reason = "INVALID_STATE"
@@ -73,7 +73,7 @@ class DeniedError(StrataboxError):
 class FailedError(StrataboxError):
     """It was tried, it failed, and what was begun was undone.
 
-    SNAPSHOT_FAILED, IMAGE_BUILD_FAILED, QEMU_FAILED.
+    SNAPSHOT_FAILED, IMAGE_BUILD_FAILED, QEMU_FAILED, GUEST_ENDED, AGENT_FAILED, HOST_DISK_FAILED.
     """
 
     default_reason = "FAILED"
@@ -98,7 +98,10 @@ class UnavailableError(StrataboxError):
 
 
 class CorruptError(StrataboxError):
-    """Stored bytes or rows are not what they must be. CATALOG_CORRUPT, LAYER_MISSING."""
+    """Stored bytes or rows are not what they must be.
+
+    CATALOG_CORRUPT, CATALOG_LOST, LAYER_MISSING, LAYER_CORRUPT, BLOB_MISSING.
+    """
 
     default_reason = "CORRUPT"
 

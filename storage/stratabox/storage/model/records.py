@@ -103,7 +103,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Disk:
-    """One disk of a sandbox: its index and the active layer that its guest writes."""
+    """One disk: the active layer that a sandbox's guest writes, or a snapshot's sealed one."""
 
     index: int
     layer: LayerId
@@ -150,16 +150,6 @@ class Sandbox:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapshotDisk:
-    """One disk of a snapshot: the sealed layer that holds it."""
-
-    index: int
-    layer: LayerId
-    size: int
-    serial: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Snapshot:
     """What a sandbox was at one instant."""
 
@@ -180,7 +170,7 @@ class Snapshot:
     created_at: datetime
     consistency: Level | None = None
     """What was achieved; None until it is ready."""
-    disks: tuple[SnapshotDisk, ...] = ()
+    disks: tuple[Disk, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     ready_at: datetime | None = None

@@ -1,0 +1,110 @@
+"""What a store holds on the disk, record by record: the layers under snapshots and sandboxes."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from support import disks
+from support.daemon import DaemonProcess
+
+
+class Stored:
+    """The layers of one daemon's state folder, seen from outside."""
+
+    def __init__(self, process: DaemonProcess) -> None:
+        self._process = process
+        self._folder = process.state / "layers"
+
+    def of_snapshot(self, snapshot: str, index: int = 0) -> Path:
+        """The sealed layer that is one disk of a snapshot."""
+        return self._layer("snapshot_disks", "snapshot", snapshot, index)
+
+    def of_sandbox(self, sandbox: str, index: int = 0) -> Path:
+        """The active layer that is one disk of a sandbox."""
+        return self._layer("disks", "sandbox", sandbox, index)
+
+    def sealed(self, but: Collection[str] = ()) -> dict[str, str]:
+        """Name of every sealed layer → SHA-256 of its file, which nobody may write.
+
+        :param but: not of these, which may be large.
+        """
+        digests = {}
+        for (layer,) in self._process.rows("SELECT id FROM layers WHERE state = 'sealed'"):
+            path = self._folder / f"{layer}.qcow2"
+            assert stat.S_IMODE(path.stat().st_mode) == 0o400, path
+            if path.name not in but:
+                digests[path.name] = disks.digest(path)
+        return digests
+
+    def unneeded(self) -> set[str]:
+        """Layers, rows or files, that no record's chain goes through."""
+        rows = self._process.rows(
+            """
+            WITH RECURSIVE needed (id) AS (
+                SELECT layer FROM disks
+                UNION SELECT layer FROM snapshot_disks
+                UNION SELECT layer FROM images WHERE layer IS NOT NULL
+                UNION SELECT layers.parent FROM layers JOIN needed USING (id)
+            )
+            SELECT id || '.qcow2', id IN needed FROM layers
+            """
+        )
+        needed = {str(name) for name, is_needed in rows if is_needed}
+        return {str(name) for name, _ in rows} - needed | self._process.layers() - needed
+
+    def bytes_on_disk(self) -> int:
+        """What the layers' folder takes."""
+        return sum(path.stat().st_blocks * 512 for path in self._folder.iterdir())
+
+    def _layer(self, table: str, column: str, record: str, index: int) -> Path:
+        ((layer,),) = self._process.rows(
+            f"SELECT layer FROM {table} WHERE {column} = '{record}' AND idx = {index}"
+        )
+        return self._folder / f"{layer}.qcow2"
+
+
+def run_tool(*words: str | Path, fine: Collection[int] = (0,)) -> str:
+    """Run a tool of the host, as e2fsprogs' of /usr/sbin; what it printed.
+
+    :param fine: exit codes that are none of a failure.
+    """
+    done = subprocess.run(
+        words,
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"},
+    )
+    assert done.returncode in fine, (words, done)
+    return done.stdout
+
+
+def to_raw(layer: Path, target: Path) -> Path:
+    """Write the disk that `layer` and its chain are; refused while somebody writes one of them."""
+    run_tool("qemu-img", "convert", "-f", "qcow2", "-O", "raw", layer, target)
+    return target
+
+
+def assert_ext4_is_clean(raw: Path) -> None:
+    """e2fsck, which writes nothing here, finds nothing to mend."""
+    run_tool("e2fsck", "-fn", raw)
+
+
+def ext4_features(raw: Path) -> set[str]:
+    """The features in an ext4's superblock; `needs_recovery` while its journal is not empty."""
+    lines = run_tool("dumpe2fs", "-h", raw).splitlines()
+    (line,) = [line for line in lines if line.startswith("Filesystem features:")]
+    return set(line.partition(":")[2].split())
+
+
+def wait_until(fact: Callable[[], bool], *, seconds: float = 30) -> None:
+    """Look until it is so. For what nobody tells, as what a guest writes."""
+    deadline = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
