@@ -11,7 +11,6 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import pytest
-from support.rig import Rig, rig
 
 from stratabox.client import (
     DaemonUnavailableError,
@@ -25,6 +24,7 @@ from stratabox.client import (
     StrataboxError,
 )
 from stratabox.storage import failpoints
+from support.rig import Rig, rig
 
 Scenario = Generator[Callable[[], object], None, None]
 

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.daemon import CACHE
 
 from stratabox.daemon.hypervisor import accelerator, qemu_host
 from stratabox.daemon.hypervisor.agent import GuestAgent
@@ -33,6 +32,7 @@ from stratabox.daemon.images.artifact import BuiltImage, no_progress
 from stratabox.storage.model.errors import CorruptError, FailedError, UnavailableError
 from stratabox.storage.model.ids import LayerId, SandboxId, Sha256, mint
 from stratabox.storage.model.records import KernelBoot
+from support.daemon import CACHE
 
 QEMU_UID = 60123 if os.getuid() == 0 else None
 NOTHING = Sha256("0" * 64)

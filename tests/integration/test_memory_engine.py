@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.hypervisor import Bench, Running, running
-from support.memory import Memories, differing_pages
 
 from stratabox.daemon.hypervisor.domain import Domain
 from stratabox.daemon.hypervisor.machine import SavedMemory
@@ -23,6 +21,8 @@ from stratabox.storage.files.memory.chain import merge, read_chain
 from stratabox.storage.files.memory.format import verify
 from stratabox.storage.files.memory.sealed import write_state
 from stratabox.storage.model.errors import FailedError, InternalError
+from support.hypervisor import Bench, Running, running
+from support.memory import Memories, differing_pages
 
 MIB = 1 << 20
 FRESH = Base(origin=None)

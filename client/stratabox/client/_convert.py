@@ -19,6 +19,7 @@ E = TypeVar("E", bound=StrEnum)
 _PREFIXES: dict[type[StrEnum], tuple[Any, str]] = {
     records.SandboxState: (records_pb2.SandboxState, "SANDBOX_STATE_"),
     records.SnapshotState: (records_pb2.SnapshotState, "SNAPSHOT_STATE_"),
+    records.PageTracking: (records_pb2.PageTracking, "PAGE_TRACKING_"),
     records.SnapshotLevel: (records_pb2.SnapshotLevel, "SNAPSHOT_LEVEL_"),
     records.ImageState: (records_pb2.ImageState, "IMAGE_STATE_"),
     records.BootMethod: (records_pb2.BootMethod, "BOOT_METHOD_"),
@@ -141,6 +142,9 @@ def snapshot(message: records_pb2.Snapshot) -> records.Snapshot:
         failure_reason=message.failure_reason or None,
         frozen_filesystems=message.frozen_filesystems,
         stall=_delta(message.stall) if message.HasField("stall") else None,
+        memory_bytes=message.memory_bytes,
+        pause_ms=message.pause_ms or None,
+        page_tracking=word_or_none(records.PageTracking, message.page_tracking),
         generation=message.generation,
     )
 

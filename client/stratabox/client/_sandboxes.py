@@ -54,6 +54,7 @@ class SandboxPlans(CopyPlans[S]):
         metadata: Mapping[str, str] | None = None,
         tags: Sequence[str] = (),
         data_disks: Sequence[int] = (),
+        cold: bool = False,
         wait_for_ready: bool = True,
         ready_timeout: Seconds | None = None,
         idempotency_key: str | None = None,
@@ -66,6 +67,7 @@ class SandboxPlans(CopyPlans[S]):
         :param storage: GiB of the root disk, no less than the image's.
         :param env: Given to every command that is executed.
         :param data_disks: Empty disks beside the root disk, GiB each.
+        :param cold: Boot from a memory snapshot's disks instead of going on from its memory.
         :param wait_for_ready: Return only when the guest's agent has answered.
         :param idempotency_key: The same key within 24 hours returns the same sandbox.
         :raise InvalidResourcesError: when a size is out of its limits.
@@ -86,6 +88,7 @@ class SandboxPlans(CopyPlans[S]):
                 metadata=metadata or {},
                 tags=tags,
                 data_disks=data_disks,
+                cold=cold,
                 wait_for_ready=wait_for_ready,
                 ready_timeout=_requests.duration(ready_timeout),
                 idempotency_key=idempotency_key or "",

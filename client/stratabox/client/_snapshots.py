@@ -231,17 +231,24 @@ class SnapshotPlans(Generic[S]):
         env: Mapping[str, str] | None = None,
         metadata: Mapping[str, str] | None = None,
         tags: Sequence[str] = (),
+        cold: bool = False,
         wait_for_ready: bool = True,
         ready_timeout: Seconds | None = None,
         idempotency_key: str | None = None,
     ) -> Plan[S]:
         """Make a new sandbox of a snapshot; any number of times, also at once.
 
-        :param cpus: Instead of the snapshot's, as memory (MiB); storage (GiB) may only grow.
+        From a memory snapshot it goes on at that very instant.
+
+        :param cpus: Instead of the snapshot's, as memory (MiB); storage (GiB) may only grow. Not
+            when it goes on from memory.
+        :param cold: Boot from a memory snapshot's disks instead of going on from its memory.
         :param env: Over the snapshot's env, key by key.
         :param metadata: Of the new sandbox, as tags.
         :raise SnapshotNotReadyError: when it is not ready.
         :raise InvalidResourcesError: when a size is out of its limits.
+        :raise ResourcesFixedError: when the saved memory rules that size out.
+        :raise MachineMismatchError: when the saved memory cannot go on on the daemon's host.
         :raise AgentUnavailableError: when the guest was not ready in time; nothing is left of it.
         :raise QemuFailedError: when QEMU did not start; nothing is left of it.
         :raise NoSpaceError: when the host has no room.
@@ -254,6 +261,7 @@ class SnapshotPlans(Generic[S]):
                 env=env or {},
                 metadata=metadata or {},
                 tags=tags,
+                cold=cold,
                 wait_for_ready=wait_for_ready,
                 ready_timeout=_requests.duration(ready_timeout),
                 idempotency_key=idempotency_key or "",

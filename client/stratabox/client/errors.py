@@ -105,6 +105,12 @@ class InvalidResourcesError(InvalidArgumentError):
     default_reason = "INVALID_RESOURCES"
 
 
+class ResourcesFixedError(InvalidArgumentError):
+    """A memory snapshot goes on with the size that it was taken with; restore it cold to change it."""
+
+    default_reason = "RESOURCES_FIXED"
+
+
 class InvalidImageError(InvalidArgumentError):
     """The file is no disk image that can be taken in."""
 
@@ -157,6 +163,18 @@ class ToolMissingError(DeniedError):
     """A program that this needs is not installed on the daemon's host."""
 
     default_reason = "TOOL_MISSING"
+
+
+class GuestBootingError(DeniedError):
+    """The guest is starting: its memory can be saved once its agent has answered."""
+
+    default_reason = "GUEST_BOOTING"
+
+
+class MachineMismatchError(DeniedError):
+    """The memory of that snapshot cannot go on on the daemon's host; its disks can (cold)."""
+
+    default_reason = "MACHINE_MISMATCH"
 
 
 class KvmUnusableError(DeniedError):

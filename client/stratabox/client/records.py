@@ -44,6 +44,15 @@ class SnapshotState(StrEnum):
     UNKNOWN = "unknown"
 
 
+class PageTracking(StrEnum):
+    """How the pages that a guest has written since its last memory snapshot are told."""
+
+    NONE = "none"
+    SOFT_DIRTY = "soft_dirty"
+    WRITTEN = "written"
+    UNKNOWN = "unknown"
+
+
 class SnapshotLevel(StrEnum):
     """How consistent a snapshot is."""
 
@@ -51,6 +60,8 @@ class SnapshotLevel(StrEnum):
     CRASH = "crash"
     #: File systems frozen through the guest's agent, or the guest cleanly shut down.
     APPLICATION = "application"
+    #: RAM, devices and every disk at one instant.
+    MEMORY = "memory"
     UNKNOWN = "unknown"
 
 
@@ -166,6 +177,12 @@ class Snapshot:
     failure_reason: str | None
     frozen_filesystems: int
     stall: timedelta | None
+    #: Level memory: bytes of RAM that it added on the host's disk.
+    memory_bytes: int
+    #: Level memory: how long the guest stood still, milliseconds.
+    pause_ms: float | None
+    #: Level memory: how the pages that the guest had written were told.
+    page_tracking: PageTracking | None
     generation: int
 
 

@@ -24,6 +24,7 @@ from stratabox.daemon.lifecycle import expiry
 from stratabox.daemon.lifecycle.clones import Clones
 from stratabox.daemon.lifecycle.guests import Guests
 from stratabox.daemon.lifecycle.images import Images
+from stratabox.daemon.lifecycle.memories import Memories
 from stratabox.daemon.lifecycle.once import Flights
 from stratabox.daemon.lifecycle.reconcile import Reconcile
 from stratabox.daemon.lifecycle.reverts import Reverts
@@ -70,6 +71,7 @@ async def running(config: Config) -> AsyncIterator[World]:
         stack.callback(catalog.close)
         world = await _world(config, catalog, store)
         stack.callback(world.worker.shutdown)
+        stack.callback(world.memories.close)
         guests = Guests(world)
         flights = Flights(world.tasks)
         sandboxes = Sandboxes(world, guests, flights)
@@ -116,6 +118,7 @@ async def _world(config: Config, catalog: Catalog, store: Store) -> World:
         accelerator=chosen,
         firmware=firmware,
         qemu_uids=os.geteuid() == 0,
+        memories=Memories(store.layout, qemu, chosen, config.memory_cache),
     )
 
 

@@ -86,6 +86,7 @@ NAMES += (
     "snapshot.frozen",
     "snapshot.freeze-counted",
     "snapshot.switched",
+    "snapshot.memory-saved",
     "snapshot.thawed",
     "snapshot.sealed",
     "snapshot.ready-written",

@@ -82,7 +82,9 @@ def _parse_pair(text: str) -> tuple[str, str]:
 DURATION = _Parsed("duration", parse_duration)
 TIMESTAMP = _Parsed("rfc3339", parse_rfc3339)
 PAIR = _Parsed("key=value", _parse_pair)
-LEVELS = click.Choice([str(SnapshotLevel.CRASH), str(SnapshotLevel.APPLICATION)])
+LEVELS = click.Choice(
+    [str(SnapshotLevel.CRASH), str(SnapshotLevel.APPLICATION), str(SnapshotLevel.MEMORY)]
+)
 
 
 def common(command: F) -> F:

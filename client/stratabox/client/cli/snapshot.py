@@ -52,6 +52,7 @@ def _show(app: App, record: object) -> None:
 @sandbox_argument
 @click.option("--name", help="Free text; made up where none is given.")
 @level_options
+@click.option("--memory", is_flag=True, help="The same as --level memory.")
 @click.option("--expires-at", type=TIMESTAMP, metavar="RFC3339", help="As 2026-03-20T12:00:00Z.")
 @metadata_option
 @click.option("--wait/--no-wait", default=True, help="Whether to wait until it is ready.")
@@ -69,11 +70,16 @@ def create(
     /,
     sandbox: str,
     metadata: tuple[tuple[str, str], ...],
+    memory: bool,
     wait: bool,
     wait_timeout: float | None,
     **options: Any,
 ) -> None:
     """Capture a sandbox, which keeps running."""
+    if memory:
+        if options["quick"] or options["level"] not in (None, "memory"):
+            raise click.UsageError("--memory, --quick and --level name different levels")
+        options["level"] = "memory"
     with app.client() as client, app.waiting("taking the snapshot"):
         record = client.snapshots.create(sandbox, metadata=dict(metadata), wait=False, **options)
         if wait:
@@ -216,6 +222,7 @@ def delete(app: App, snapshot: str) -> None:
 @click.option("--name", help="Of the new sandbox; made up where none is given.")
 @size_options
 @click.option("--disk", "storage", type=int, metavar="GIB", help="Root disk in GiB; may grow.")
+@click.option("--cold", is_flag=True, help="Boot its disks, though it has memory.")
 @env_option
 @metadata_option
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="May be repeated.")

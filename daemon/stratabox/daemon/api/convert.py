@@ -25,6 +25,7 @@ _KEY_BYTES = 256
 _LEVELS = {
     Level.CRASH: records_pb2.SNAPSHOT_LEVEL_CRASH,
     Level.APPLICATION: records_pb2.SNAPSHOT_LEVEL_APPLICATION,
+    Level.MEMORY: records_pb2.SNAPSHOT_LEVEL_MEMORY,
 }
 _HAPPENINGS = {
     Happening.PRESENT: records_pb2.EVENT_TYPE_PRESENT,
@@ -83,6 +84,7 @@ def machine(record: Machine) -> records_pb2.Machine:
 
 def snapshot(record: Snapshot) -> records_pb2.Snapshot:
     """A snapshot's message."""
+    ram = record.ram
     return records_pb2.Snapshot(
         id=record.id,
         name=record.name,
@@ -107,6 +109,13 @@ def snapshot(record: Snapshot) -> records_pb2.Snapshot:
         stall=duration(record.stall),
         parent_snapshot_id=record.parent or "",
         generation=record.generation,
+        memory_bytes=ram.own_bytes if ram else 0,
+        pause_ms=ram.pause / timedelta(milliseconds=1) if ram else 0,
+        page_tracking=(
+            records_pb2.PageTracking.Value(f"PAGE_TRACKING_{ram.tracking.upper()}")
+            if ram
+            else records_pb2.PAGE_TRACKING_UNSPECIFIED
+        ),
     )
 
 

@@ -56,6 +56,7 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
             metadata=dict(request.metadata),
             tags=tuple(request.tags),
             data_disks=tuple(request.data_disks),
+            cold=request.cold,
             ready_timeout=ready_timeout(self.world, request),
         )
         key = convert.key_from("CreateSandbox", request)

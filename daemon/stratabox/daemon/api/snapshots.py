@@ -140,6 +140,7 @@ class SnapshotsServicer(snapshots_pb2_grpc.SnapshotsServiceServicer):
             env=dict(request.env),
             metadata=dict(request.metadata),
             tags=tuple(request.tags),
+            cold=request.cold,
             ready_timeout=ready_timeout(self.world, request),
         )
         key = convert.key_from("RestoreSnapshot", request)

@@ -70,6 +70,7 @@ class Config:
     uid_base: int
     build_cache: Path | None
     max_image_bytes: int
+    memory_cache: int
     log_level: LogLevel
     idempotency_hours: int
     sources: Mapping[str, str] = field(repr=False)

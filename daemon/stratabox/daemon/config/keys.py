@@ -249,6 +249,13 @@ KEYS: tuple[Key, ...] = (
         "64GiB",
         "Largest virtual size of an image that may be imported.",
     ),
+    Key(
+        "memory_cache",
+        Size(0, 16384 * GIB),
+        "2GiB",
+        "Memory of snapshots that is kept ready to be mapped while nobody starts from it; the rest "
+        "is assembled again at the next restore.",
+    ),
     Key("log_level", Choice(LogLevel), "info", "The least important message that is logged."),
     Key(
         "idempotency_hours",

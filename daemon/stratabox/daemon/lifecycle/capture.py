@@ -28,9 +28,10 @@ from stratabox.daemon.hypervisor.machine import ChainLayer
 from stratabox.daemon.lifecycle import policy
 from stratabox.daemon.lifecycle.events import Happening
 from stratabox.daemon.lifecycle.guest import Guest
+from stratabox.daemon.lifecycle.saving import save_memory
 from stratabox.daemon.lifecycle.threads import in_thread, settle, undone_by
 from stratabox.daemon.lifecycle.world import World
-from stratabox.storage.catalog import layers, operations, sandboxes, snapshots
+from stratabox.storage.catalog import layers, operations, rams, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.catalog.operations import Operation
 from stratabox.storage.failpoints import hit
@@ -38,7 +39,7 @@ from stratabox.storage.files.durable import host_error
 from stratabox.storage.files.store import NewOverlay
 from stratabox.storage.model.errors import FailedError, StrataboxError
 from stratabox.storage.model.ids import LayerId, mint
-from stratabox.storage.model.records import Disk, Layer, Sandbox, Snapshot
+from stratabox.storage.model.records import Disk, Layer, Sandbox, SavedRam, Snapshot
 from stratabox.storage.model.states import LayerState, Level, SandboxState, SnapshotState
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Outcome:
     consistency: Level
     frozen: int
     stall: timedelta | None
+    ram: SavedRam | None = None
 
 
 class UnsettledError(FailedError):
@@ -172,7 +174,7 @@ async def _take(
     if domain is None:
         outcome = Outcome(consistency=level, frozen=0, stall=None)
     else:
-        outcome = await _switch_running(world, guest, operation, payload, steps, level)
+        outcome = await _switch_running(world, guest, snapshot, operation, payload, steps, level)
         if isinstance(outcome, StrataboxError) and not world.launcher.is_alive(domain.handle):
             outcome = await _name_the_end(domain, outcome)
     record, outcome = await finish(world, guest, snapshot, operation, steps, outcome)
@@ -184,6 +186,7 @@ async def _take(
 async def _switch_running(
     world: World,
     guest: Guest,
+    snapshot: Snapshot,
     operation: Operation,
     payload: dict[str, Any],
     steps: Sequence[Switch],
@@ -201,6 +204,9 @@ async def _switch_running(
     freeze = Freeze(world, guest.require_agent(), operation, payload)
     try:
         await domain.disks.prepare([new for _, new in pairs])
+        if level is Level.MEMORY:
+            ram = await save_memory(world, guest, snapshot, pairs)
+            return Outcome(consistency=level, frozen=0, stall=ram.pause, ram=ram)
         if level is Level.CRASH:
             begun = time.monotonic()
             await domain.disks.switch(pairs)
@@ -314,6 +320,9 @@ async def finish(
             disks=tuple(replace(disk, layer=new_layer[disk.index]) for disk in live.disks),
         )
         operations.end(tx, operation.id)
+        if isinstance(outcome, Outcome) and outcome.ram is not None:
+            rams.insert(tx, snapshot.id, outcome.ram)
+            sandboxes.change(tx, guest.id, ram_since=snapshot.id)
         if isinstance(outcome, StrataboxError):
             return snapshots.change(
                 tx,

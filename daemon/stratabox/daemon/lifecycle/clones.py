@@ -102,7 +102,11 @@ class Clones:
             return await self._again(before)
         operation = Operation(kind=Kind.CLONE, snapshot=SnapshotId(mint()))
         assert operation.snapshot is not None
-        new = NewSnapshot(id=operation.snapshot, name=wanted.snapshot_name, level=wanted.level)
+        new = NewSnapshot(
+            id=operation.snapshot,
+            name=wanted.snapshot_name,
+            level=wanted.level or await self._best_level(reference, wanted),
+        )
         copies: list[asyncio.Task[Sandbox]] = []
         try:
             await self._world.write(lambda tx: operations.begin(tx, operation))
@@ -134,6 +138,12 @@ class Clones:
                 await settle(asyncio.wait(copies))
             await settle(self.undo(operation))
             raise
+
+    async def _best_level(self, reference: str, wanted: NewClone) -> Level | None:
+        """Memory for a guest that runs and is copied as it is; else what its disks allow."""
+        _, record = await self._guests.find(reference)
+        as_it_is = wanted.resources.cpus is None and wanted.resources.memory is None
+        return Level.MEMORY if as_it_is and record.state.has_process and record.ready else None
 
     async def undo(self, operation: Operation) -> None:
         """Remove what a clone has made. Also for one that a killed daemon left."""

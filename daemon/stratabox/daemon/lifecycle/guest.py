@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +20,7 @@ from stratabox.daemon.hypervisor.agent import GuestAgent
 from stratabox.daemon.hypervisor.domain import Domain
 from stratabox.daemon.hypervisor.events import AgentPort, BlockError, Event, Panicked, Reset
 from stratabox.daemon.hypervisor.machine import DomainHandle
+from stratabox.daemon.hypervisor.memory.load import wait_loaded
 from stratabox.daemon.lifecycle.events import Happening
 from stratabox.daemon.lifecycle.threads import in_thread, settle
 from stratabox.daemon.lifecycle.world import World
@@ -32,7 +35,7 @@ from stratabox.storage.model.errors import (
     UnavailableError,
 )
 from stratabox.storage.model.ids import SandboxId
-from stratabox.storage.model.records import Sandbox
+from stratabox.storage.model.records import Sandbox, Snapshot
 from stratabox.storage.model.states import SandboxState
 
 log = logging.getLogger(__name__)
@@ -58,6 +61,7 @@ class Guest:
         self._agent: GuestAgent | None = None
         self._ready = asyncio.Event()
         self._reset = asyncio.Event()
+        self._continued = False
         self._tasks: list[asyncio.Task[None]] = []
         self._debt: Callable[[], Awaitable[object]] | None = None
 
@@ -115,23 +119,37 @@ class Guest:
             self._debt = None
 
     async def boot(
-        self, sandbox: Sandbox, also: Callable[[Transaction], None] = nothing_more
+        self,
+        sandbox: Sandbox,
+        also: Callable[[Transaction], None] = nothing_more,
+        memory: Snapshot | None = None,
     ) -> Sandbox:
         """Start the domain and write RUNNING; `also` joins that transaction.
 
         If this raises or is cancelled, nothing runs.
 
+        :param memory: a snapshot whose saved memory the guest goes on from; None: it boots.
+        :raise DeniedError: MACHINE_MISMATCH, when that memory cannot go on here.
         :raise FailedError: QEMU_FAILED.
         :raise CorruptError: when a file that the guest stands on is gone.
         """
         world = self._world
         await self.settle()
         spec = await world.domain_spec(sandbox)
-        handle = await world.launcher.start(spec)
+        async with AsyncExitStack() as stack:
+            if memory is not None:
+                await world.memories.check_fits(memory)
+                saved = await stack.enter_async_context(world.memories.use(memory))
+                spec = replace(spec, saved=saved)
+            handle = await world.launcher.start(spec)
         domain: Domain | None = None
+        # Before the guest goes on: one that continues opens its agent's port at once.
+        self._agent = GuestAgent(spec.folder)
         try:
             hit("boot.started")
             domain = await Domain.attach(handle, self._on_event)
+            if memory is not None:
+                await wait_loaded(domain)
             await domain.cont()
             machine = replace(sandbox.machine, qemu_version=world.qemu.version_text)
 
@@ -140,14 +158,17 @@ class Guest:
                 return sandboxes.change(
                     tx, self.id, state=SandboxState.RUNNING, state_reason="", ready=False,
                     ready_at=None, started_at=tx.now, clean_shutdown=False, machine=machine,
+                    ram_origin=memory.id if memory else None, ram_since=None,
                 )  # fmt: skip
 
             record = await world.write(running)
         except BaseException:
+            self._agent = None
             if domain is not None:
                 await settle(domain.detach())
             await settle(world.launcher.stop(handle))
             raise
+        self._continued = memory is not None
         self._take(domain)
         world.bus.publish(Happening.UPDATED, record)
         hit("boot.running-written")
@@ -232,7 +253,8 @@ class Guest:
 
     def _take(self, domain: Domain) -> None:
         self._domain = domain
-        self._agent = GuestAgent(domain.handle.folder)
+        if self._agent is None:
+            self._agent = GuestAgent(domain.handle.folder)
         self._ready.clear()
         self._tasks = [
             asyncio.create_task(self._watch_exit(domain), name=f"watch {self.id}"),
@@ -350,6 +372,8 @@ class Guest:
                             state_reason=f"the guest's agent has not answered for {limit:g} s",
                         )
                         continue
+                    if self._continued:
+                        await self._set_clock(agent)
                     # Written first: whoever is woken by it reads a record that says so.
                     await self._note(ready=True, state_reason="")
                     self._ready.set()
@@ -361,6 +385,14 @@ class Guest:
             await self._note(
                 ready=False, state_reason="the guest was reset; its agent has not answered yet"
             )
+
+    async def _set_clock(self, agent: GuestAgent) -> None:
+        """A guest that goes on from its memory woke up at the instant of its snapshot."""
+        self._continued = False
+        try:
+            await agent.set_time(time.time_ns())
+        except StrataboxError as error:
+            log.warning("the clock of sandbox %s stays behind: %s", self.id, error)
 
     async def _note(self, *, ready: bool, state_reason: str) -> None:
         """Write readiness, unless the record has moved on; a pause's reason is kept."""

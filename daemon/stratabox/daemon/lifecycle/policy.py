@@ -188,6 +188,10 @@ def why_not(level: Level, sandbox: Sandbox) -> str | None:
         return f"the sandbox is {sandbox.state}"
     if level is Level.CRASH:
         return None
+    if level is Level.MEMORY:
+        if not sandbox.state.has_process:
+            return f"the sandbox is {sandbox.state}, so there is no memory to save"
+        return None
     if sandbox.state is SandboxState.PAUSED:
         return "the sandbox is paused, so its agent cannot freeze file systems; resume it first"
     if sandbox.state is not SandboxState.RUNNING and not sandbox.clean_shutdown:
@@ -206,11 +210,26 @@ def choose_level(
         possible = why_not(Level.APPLICATION, sandbox) is None and (
             agent_answers or sandbox.state is not SandboxState.RUNNING
         )
-        wanted = Level.APPLICATION if possible and ceiling is Level.APPLICATION else Level.CRASH
+        levels = list(Level)
+        allowed = levels[: levels.index(ceiling) + 1]
+        if Level.MEMORY in allowed and why_not(Level.MEMORY, sandbox) is None and sandbox.ready:
+            wanted = Level.MEMORY
+        elif Level.APPLICATION in allowed and possible:
+            wanted = Level.APPLICATION
+        else:
+            wanted = Level.CRASH
     because = why_not(wanted, sandbox)
+    if because is None and wanted is Level.MEMORY and not sandbox.ready:
+        # Firmware that reads its tables at that instant finds them broken after a restore.
+        raise DeniedError(
+            f"sandbox {sandbox.name!r} is starting: its memory can be saved once its agent has"
+            " answered",
+            reason="GUEST_BOOTING",
+            sandbox=sandbox.id,
+        )
     if because:
         raise DeniedError(
-            f"no {wanted}-consistent snapshot of sandbox {sandbox.name!r} is possible: {because}",
+            f"no {wanted} snapshot of sandbox {sandbox.name!r} is possible: {because}",
             reason="INVALID_STATE",
             sandbox=sandbox.id,
             state=sandbox.state,

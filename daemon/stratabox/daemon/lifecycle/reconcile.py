@@ -261,7 +261,7 @@ class Reconcile:
                 await in_thread(world.store.make_overlays, overlays)
                 record = await self._reverts.switch_disks(guest, operation)
             if payload["boots"]:
-                await self._reverts.boot(guest, record, operation)
+                await self._reverts.go_on(guest, record, operation)
 
 
 def _is_unmade(world: World, steps: list[Switch]) -> bool:
@@ -277,6 +277,8 @@ def _judge(guest: Guest, operation: Operation, thawed: int | None) -> Outcome | 
         )
     level = Level(operation.payload["level"])
     frozen = operation.payload.get("frozen", 0)
+    if level is Level.MEMORY:
+        return FailedError("the daemon was stopped before its memory was saved")
     if level is Level.CRASH or not operation.payload.get("running"):
         return Outcome(consistency=level, frozen=0, stall=None)
     if frozen and thawed == frozen:

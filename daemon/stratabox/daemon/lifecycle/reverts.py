@@ -47,7 +47,8 @@ class Reverts:
     async def revert(self, reference: str, snapshot: str, ready_timeout: float | None) -> Reverted:
         """Put a sandbox back onto one of its snapshots, after a safety snapshot.
 
-        A stopped sandbox stays stopped; any other boots from the snapshot's disks.
+        From a memory snapshot it goes on at that instant. Otherwise a stopped sandbox stays
+        stopped, and any other boots from the snapshot's disks.
 
         :param ready_timeout: seconds to wait until the agent answers; None: do not wait.
         :raise NotFoundError: SANDBOX_NOT_FOUND or SNAPSHOT_NOT_FOUND.
@@ -74,7 +75,9 @@ class Reverts:
             safety = await self._take_safety_snapshot(guest, sandbox)
             # Once more: it may have been deleted while the safety snapshot was taken.
             target = await self._find(guest, reference)
-            boots = sandbox.state is not SandboxState.STOPPED
+            if target.ram is not None:
+                await world.memories.check_fits(target)
+            boots = sandbox.state is not SandboxState.STOPPED or target.ram is not None
             operation, overlays = await world.write(
                 lambda tx: _write_down(tx, sandbox, target, boots=boots)
             )
@@ -87,14 +90,27 @@ class Reverts:
                 record = await self.switch_disks(guest, operation)
             hit("revert.disks-switched")
             if boots:
-                record = await self.boot(guest, record, operation)
+                record = await self.go_on(guest, record, operation)
         await world.sweep()
         return Reverted(sandbox=record, safety_snapshot=safety)
 
-    async def boot(self, guest: Guest, record: Sandbox, operation: Operation) -> Sandbox:
-        """Boot what the disks were switched to; when that fails, it stays stopped and is over."""
+    async def go_on(self, guest: Guest, record: Sandbox, operation: Operation) -> Sandbox:
+        """Start what the disks were switched to, from its memory where the snapshot has some."""
+        target = await self._world.read(
+            lambda tx: snapshots.get(tx, SnapshotId(operation.payload["snapshot"]))
+        )
+        return await self.boot(guest, record, operation, target if target.ram else None)
+
+    async def boot(
+        self,
+        guest: Guest,
+        record: Sandbox,
+        operation: Operation,
+        memory: Snapshot | None = None,
+    ) -> Sandbox:
+        """Start it; when that fails, it stays stopped and the revert is over."""
         try:
-            return await guest.boot(record, lambda tx: operations.end(tx, operation.id))
+            return await guest.boot(record, lambda tx: operations.end(tx, operation.id), memory)
         except (StrataboxError, OSError) as error:
             await self._world.write(lambda tx: operations.end(tx, operation.id))
             await self._world.change_sandbox(
@@ -139,7 +155,9 @@ class Reverts:
                 memory=target.memory,
                 storage=policy.gib(target.disks[0].size),
                 env=target.env,
-                machine=replace(
+                machine=target.machine
+                if target.ram
+                else replace(
                     target.machine,
                     mac=old.machine.mac,
                     accelerator=world.accelerator.name,

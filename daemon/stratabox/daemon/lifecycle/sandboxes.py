@@ -31,7 +31,7 @@ from stratabox.storage.model.errors import (
     InvalidArgumentError,
     NoSpaceError,
 )
-from stratabox.storage.model.ids import LayerId, SandboxId, mint
+from stratabox.storage.model.ids import LayerId, SandboxId, SnapshotId, mint
 from stratabox.storage.model.records import GIB, Disk, Layer, Sandbox, Snapshot
 from stratabox.storage.model.states import ImageState, LayerState, SandboxState, SnapshotState
 
@@ -49,6 +49,8 @@ class NewSandbox:
     env: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     tags: Sequence[str] = ()
+    cold: bool = False
+    """Boot from a memory snapshot's disks instead of going on from its memory."""
     data_disks: Sequence[int] = ()
     """GiB each."""
     ready_timeout: float | None = None
@@ -190,7 +192,10 @@ class Sandboxes:
                 world.bus.publish(Happening.CREATED, record)
                 await in_thread(world.store.make_overlays, overlays)
                 hit("create.overlays-made")
-                record = await guest.boot(record, lambda tx: operations.end(tx, operation.id))
+                memory = await self._memory_of(record)
+                record = await guest.boot(
+                    record, lambda tx: operations.end(tx, operation.id), memory
+                )
             if wanted.ready_timeout is None:
                 return record
             return await guest.wait_ready(wanted.ready_timeout)
@@ -205,6 +210,13 @@ class Sandboxes:
         if ready_timeout is None or guest.domain is None:
             return record
         return await guest.wait_ready(ready_timeout)
+
+    async def _memory_of(self, record: Sandbox) -> Snapshot | None:
+        """The snapshot whose memory a new sandbox goes on from."""
+        origin = record.ram_origin
+        if origin is None:
+            return None
+        return await self._world.read(lambda tx: snapshots.get(tx, SnapshotId(origin)))
 
     def _write_down(
         self, tx: Transaction, wanted: NewSandbox, operation: Operation, key: Key | None
@@ -313,12 +325,16 @@ class Sandboxes:
             )
             for disk in snapshot.disks
         )
-        machine = replace(
-            snapshot.machine,
-            mac=random_mac(),
-            accelerator=self._world.accelerator.name,
-            cpu_model=self._world.accelerator.cpu_model,
-        )
+        machine = snapshot.machine
+        if snapshot.ram is None or wanted.cold:
+            machine = replace(
+                machine,
+                mac=random_mac(),
+                accelerator=self._world.accelerator.name,
+                cpu_model=self._world.accelerator.cpu_model,
+            )
+        else:
+            _require_same_size(wanted.resources, snapshot)
         return Sandbox(
             id=sandbox,
             name=wanted.name or make_up(),
@@ -335,6 +351,7 @@ class Sandboxes:
             metadata=dict(wanted.metadata),
             tags=tuple(dict.fromkeys(wanted.tags)),
             vmgenid=mint(),
+            ram_origin=snapshot.id if snapshot.ram and not wanted.cold else None,
             created_at=tx.now,
             updated_at=tx.now,
         ), [disk.layer for disk in snapshot.disks]
@@ -350,6 +367,24 @@ def require_ready(snapshot: Snapshot) -> None:
             snapshot=snapshot.id,
             state=snapshot.state,
         )
+
+
+def _require_same_size(wanted: Resources, snapshot: Snapshot) -> None:
+    """:raise InvalidArgumentError: RESOURCES_FIXED, for a size that the saved memory rules out."""
+    root = policy.gib(snapshot.disks[0].size)
+    for name, value, fixed in (
+        ("cpus", wanted.cpus, snapshot.cpus),
+        ("memory", wanted.memory, snapshot.memory),
+        ("storage", wanted.storage, root),
+    ):
+        if value is not None and value != fixed:
+            raise InvalidArgumentError(
+                f"{name} cannot be {value}: a memory snapshot goes on with the {fixed} that it was"
+                " taken with. Restore it cold (--cold) to boot its disks with another size",
+                reason="RESOURCES_FIXED",
+                field=name,
+                fixed=fixed,
+            )
 
 
 def _disk(index: int, size: int) -> Disk:

@@ -16,12 +16,12 @@ from stratabox.daemon.lifecycle.naming import make_up
 from stratabox.daemon.lifecycle.once import Flights, Key
 from stratabox.daemon.lifecycle.threads import settle
 from stratabox.daemon.lifecycle.world import World
-from stratabox.storage.catalog import gc, layers, operations, sandboxes, snapshots
+from stratabox.storage.catalog import gc, layers, operations, rams, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.catalog.operations import Kind, Operation
 from stratabox.storage.failpoints import hit
 from stratabox.storage.model.errors import DeniedError, FailedError, StrataboxError
-from stratabox.storage.model.ids import LayerId, SnapshotId, mint
+from stratabox.storage.model.ids import SnapshotId, mint
 from stratabox.storage.model.records import Snapshot
 from stratabox.storage.model.states import Level, SnapshotState
 
@@ -212,7 +212,7 @@ class Snapshots:
     async def _delete(self, reference: str) -> Deleted:
         world = self._world
 
-        def write(tx: Transaction) -> tuple[Snapshot, set[LayerId], set[LayerId], list[str]]:
+        def write(tx: Transaction) -> tuple[Snapshot, Deleted]:
             record = snapshots.get(tx, snapshots.resolve(tx, reference))
             if record.state is SnapshotState.CREATING:
                 raise DeniedError(
@@ -234,17 +234,17 @@ class Snapshots:
             snapshots.delete(tx, record.id)
             parents = {layer.id: layer.parent for layer in layers.everything(tx)}
             goes, stays = gc.freed_by_removing(tops, layers.referenced(tx), parents)
+            memory_goes = rams.garbage(tx)
+            memory_stays = [record.id] if record.ram and record.id not in memory_goes else []
             # Only the layers that this snapshot itself sealed count as its own.
-            return record, goes, stays & set(tops), kept_for
+            freed = world.store.bytes_of(goes) + world.store.ram_bytes(memory_goes)
+            kept = world.store.bytes_of(stays & set(tops)) + world.store.ram_bytes(memory_stays)
+            answer = Deleted(id=record.id, freed_bytes=freed, kept_bytes=kept, kept_for=kept_for)
+            return record, answer
 
-        record, goes, stays, kept_for = await world.write(write)
+        record, answer = await world.write(write)
         hit("delete-snapshot.row-written")
-        answer = Deleted(
-            id=record.id,
-            freed_bytes=world.store.bytes_of(goes),
-            kept_bytes=world.store.bytes_of(stays),
-            kept_for=kept_for,
-        )
+        world.memories.forget(record.id)
         freed = await world.sweep()
         world.bus.publish(Happening.DELETED, record, freed_bytes=freed)
         return answer

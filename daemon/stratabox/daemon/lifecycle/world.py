@@ -13,6 +13,7 @@ from stratabox.daemon.hypervisor.accelerator import Accelerator
 from stratabox.daemon.hypervisor.machine import ChainLayer, DomainDisk, DomainSpec, Launcher
 from stratabox.daemon.hypervisor.qemu_host import QemuHost
 from stratabox.daemon.lifecycle.events import Bus, Happening
+from stratabox.daemon.lifecycle.memories import Memories
 from stratabox.daemon.lifecycle.threads import Tasks, in_executor, in_thread
 from stratabox.storage.catalog import images, layers, sandboxes, snapshots
 from stratabox.storage.catalog.database import Catalog, Transaction
@@ -40,6 +41,7 @@ class World:
     """This host's firmware, already in the store."""
     qemu_uids: bool
     """Give each QEMU a host uid of its own (the daemon is root)."""
+    memories: Memories
     bus: Bus = field(default_factory=Bus)
     tasks: Tasks = field(default_factory=Tasks)
     worker: ThreadPoolExecutor = field(

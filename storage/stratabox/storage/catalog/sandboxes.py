@@ -54,6 +54,9 @@ def change(tx: Transaction, sandbox: SandboxId, **changes: Any) -> Sandbox:
     """
     old = get(tx, sandbox)
     new = replace(old, **changes, updated_at=tx.now, generation=tx.next_generation())
+    if not (new.state.has_process or new.state is SandboxState.CREATING):
+        # Without a process nothing stands on any saved memory.
+        new = replace(new, ram_origin=None, ram_since=None)
     check_step(NEXT_SANDBOX, old.state, new.state)
     tx.update("sandboxes", sandbox, _columns(new))
     if new.disks != old.disks:
@@ -148,6 +151,8 @@ def _columns(sandbox: Sandbox) -> dict[str, Any]:
         "tags": json_of(sandbox.tags),
         "uid": sandbox.uid,
         "vmgenid": sandbox.vmgenid,
+        "ram_origin": sandbox.ram_origin,
+        "ram_since": sandbox.ram_since,
         "created_at": text_of(sandbox.created_at),
         "updated_at": text_of(sandbox.updated_at),
         "started_at": text_of(sandbox.started_at),
@@ -180,6 +185,8 @@ def _sandbox(tx: Transaction, row: Row) -> Sandbox:
         tags=tuple(json.loads(row["tags"])),
         uid=row["uid"],
         vmgenid=row["vmgenid"],
+        ram_origin=row["ram_origin"],
+        ram_since=row["ram_since"],
         created_at=datetime.fromisoformat(row["created_at"]),
         updated_at=datetime.fromisoformat(row["updated_at"]),
         started_at=time_of(row["started_at"]),

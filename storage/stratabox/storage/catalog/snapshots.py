@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from stratabox.storage.catalog import lookup, machines
+from stratabox.storage.catalog import lookup, machines, rams
 from stratabox.storage.catalog.database import Row, Transaction, json_of, text_of, time_of
 from stratabox.storage.catalog.disks import OF_SNAPSHOTS
 from stratabox.storage.model.errors import NotFoundError
@@ -190,5 +190,6 @@ def _snapshot(tx: Transaction, row: Row) -> Snapshot:
         stall=None if row["stall_us"] is None else timedelta(microseconds=row["stall_us"]),
         layer_bytes=row["layer_bytes"],
         parent=None if row["parent"] is None else SnapshotId(row["parent"]),
+        ram=rams.find(tx, row["id"]),
         generation=row["generation"],
     )

@@ -6,6 +6,7 @@ STATE_DIR/                 0700
 ├── catalog.db             SQLite (WAL): the truth about records
 ├── api.sock               the API, where no other address is configured
 ├── layers/ID.qcow2        one file for each layer; 0600 while active, 0400 once sealed
+├── ram/ID.ram, ID.state   saved memory: pages, and the state of devices; 0400
 ├── blobs/SHA256           kernels, initrds, firmware; 0444
 ├── firmware/HASH/NAME     hard links to blobs, under the names that QEMU asks for
 ├── sandboxes/ID/          one folder for each domain: sockets, QEMU's messages
@@ -43,6 +44,19 @@ class Layout:
     def layers(self) -> Path:
         """The folder of all layers."""
         return self.root / "layers"
+
+    @property
+    def ram(self) -> Path:
+        """The folder of saved memory."""
+        return self.root / "ram"
+
+    def ram_file(self, ram_id: str) -> Path:
+        """One snapshot's pages."""
+        return self.ram / f"{ram_id}.ram"
+
+    def state_file(self, ram_id: str) -> Path:
+        """The state of one snapshot's devices."""
+        return self.ram / f"{ram_id}.state"
 
     @property
     def blobs(self) -> Path:
@@ -84,5 +98,5 @@ class Layout:
     def folders(self) -> tuple[Path, ...]:
         """Every folder, parents first."""
         return (
-            self.root, self.layers, self.blobs, self.firmware, self.sandboxes, self.work,
+            self.root, self.layers, self.ram, self.blobs, self.firmware, self.sandboxes, self.work,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from stratabox.storage.catalog import gc, images, layers, operations, sandboxes, snapshots
+from stratabox.storage.catalog import gc, images, layers, operations, rams, sandboxes, snapshots
 from stratabox.storage.catalog.database import Catalog, Transaction, json_of
 from stratabox.storage.catalog.machines import blobs_of
 from stratabox.storage.failpoints import hit
@@ -174,11 +174,12 @@ class Store:
 
         :return: bytes that came free.
         """
+        freed_ram = self._sweep_ram(catalog)
         with catalog.transaction() as tx:
             doomed = _find_garbage(tx)
             layers.mark_garbage(tx, doomed)
         if not doomed:
-            return 0
+            return freed_ram
         hit("sweep.tombstoned")
         freed = self.bytes_of(doomed)
         for layer in sorted(doomed):
@@ -188,7 +189,34 @@ class Store:
         with catalog.transaction() as tx:
             layers.drop(tx, doomed)
         log.info("removed %d layers, %d bytes", len(doomed), freed)
+        return freed + freed_ram
+
+    def _sweep_ram(self, catalog: Catalog) -> int:
+        """Remove saved memory that nothing stands on; returns the bytes that came free.
+
+        Without a tombstone: nothing can come to need a RAM file whose snapshot is gone.
+        """
+        with catalog.transaction() as tx:
+            doomed = rams.garbage(tx)
+        if not doomed:
+            return 0
+        freed = self.ram_bytes(doomed)
+        for ram in doomed:
+            self.layout.ram_file(ram).unlink(missing_ok=True)
+            self.layout.state_file(ram).unlink(missing_ok=True)
+        durable.sync_folder(self.layout.ram)
+        with catalog.transaction() as tx:
+            for ram in doomed:
+                rams.drop(tx, ram)
         return freed
+
+    def ram_bytes(self, ids: Iterable[str]) -> int:
+        """Bytes that saved memory takes on the disk now."""
+        return sum(
+            durable.allocated_bytes(self.layout.ram_file(ram))
+            + durable.allocated_bytes(self.layout.state_file(ram))
+            for ram in ids
+        )
 
     def sweep_strays(self, catalog: Catalog, *, keep: Iterable[Sha256] = ()) -> None:
         """At start, before anything runs: remove files that no row names, report rows without.
@@ -220,6 +248,12 @@ class Store:
         for path in self.layout.layers.iterdir():
             if path.name not in known and path.name not in spared:
                 log.warning("removing stray layer %s", path.name)
+                path.unlink()
+        with catalog.transaction() as tx:
+            saved = set(rams.everything(tx))
+        for path in self.layout.ram.iterdir():
+            if path.stem not in saved:
+                log.warning("removing stray %s", path.name)
                 path.unlink()
         self.sweep_blobs(catalog, keep)
         for path in self.layout.work.iterdir():

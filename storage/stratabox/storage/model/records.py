@@ -143,10 +143,31 @@ class Sandbox:
     """Host uid that its QEMU runs under; None: the daemon's own."""
     vmgenid: str = ""
     """Generation id that the guest sees; renewed with every restore and revert."""
+    ram_origin: str | None = None
+    """RAM file that the running process was started from; None: it booted."""
+    ram_since: str | None = None
+    """RAM file of its last save, while it is known that no written page was missed since."""
     started_at: datetime | None = None
     ready_at: datetime | None = None
     terminated_at: datetime | None = None
     generation: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedRam:
+    """The memory of a snapshot: what its files hold, and what the machine must offer to go on."""
+
+    parent: str | None
+    """Id of the RAM file that this one only adds to; None: it stands alone."""
+    own_bytes: int
+    """Bytes of pages in its own file."""
+    state_sha256: Sha256
+    tracking: str
+    """How written pages were told: "written", "soft_dirty" or "none"."""
+    pause: timedelta
+    """How long the guest stood still."""
+    cpu_features: tuple[str, ...]
+    """QEMU's names of all that the guest's CPU had."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +204,8 @@ class Snapshot:
     layer_bytes: int = 0
     """Bytes on the host's disk in the layers that it sealed."""
     parent: SnapshotId | None = None
+    ram: SavedRam | None = None
+    """For the level memory."""
     generation: int = 0
 
     @property

@@ -73,6 +73,7 @@ class Level(StrEnum):
 
     CRASH = "crash"
     APPLICATION = "application"
+    MEMORY = "memory"
 
 
 class Boot(StrEnum):
