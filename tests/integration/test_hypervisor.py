@@ -7,135 +7,25 @@ import hashlib
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from stratabox.daemon.hypervisor import accelerator, qemu_host
-from stratabox.daemon.hypervisor.agent import GuestAgent
 from stratabox.daemon.hypervisor.domain import Domain
-from stratabox.daemon.hypervisor.events import AgentPort, Event
 from stratabox.daemon.hypervisor.exec import execute
-from stratabox.daemon.hypervisor.libvirt import LibvirtLauncher
-from stratabox.daemon.hypervisor.machine import ChainLayer, DomainDisk, DomainSpec, Launcher
-from stratabox.daemon.hypervisor.qemu import QemuLauncher
-from stratabox.daemon.hypervisor.qemu_host import QemuHost
 from stratabox.daemon.hypervisor.qmp import ReplyLostError
-from stratabox.daemon.images import recipes
-from stratabox.daemon.images.artifact import BuiltImage, no_progress
 from stratabox.storage.model.errors import CorruptError, FailedError, UnavailableError
-from stratabox.storage.model.ids import LayerId, SandboxId, Sha256, mint
-from stratabox.storage.model.records import KernelBoot
-from support.daemon import CACHE
-
-QEMU_UID = 60123 if os.getuid() == 0 else None
-NOTHING = Sha256("0" * 64)
-
-
-class Bench:
-    """A private folder with an image, and specs of guests on it."""
-
-    def __init__(self, root: Path, image: BuiltImage, host: QemuHost) -> None:
-        self.root, self.host, self._image = root, host, image
-        root.mkdir(mode=0o700)
-        self.launcher = QemuLauncher(host, f"test{os.getpid()}", self.folder)
-        self._firmware = root / "firmware"
-        self._firmware.mkdir(mode=0o755)
-        for name, path in host.firmware_sources.items():
-            shutil.copyfile(path, self._firmware / name)
-            (self._firmware / name).chmod(0o444)
-        for given in (image.kernel, image.initrd):
-            assert given is not None
-            given.chmod(0o444)
-        image.disk.chmod(0o400)
-        self._base = ChainLayer(id=LayerId(mint()), path=image.disk)
-
-    def folder(self, sandbox: SandboxId) -> Path:
-        return self.root / "sandboxes" / sandbox
-
-    def overlay(self, below: Path) -> ChainLayer:
-        layer = LayerId(mint())
-        path = self.root / f"{layer}.qcow2"
-        options = ["-q", "-f", "qcow2", "-F", "qcow2", "-b", str(below)]
-        command = ["qemu-img", "create", *options, str(path)]
-        subprocess.run(command, check=True)
-        path.chmod(0o600)
-        return ChainLayer(id=layer, path=path)
-
-    async def spec(self, uid: int | None = QEMU_UID) -> DomainSpec:
-        sandbox = SandboxId(mint())
-        self.folder(sandbox).mkdir(mode=0o700, parents=True)
-        firmware = dict.fromkeys(self.host.firmware_sources, NOTHING)
-        boot = KernelBoot(kernel=NOTHING, initrd=NOTHING, command_line=self._image.command_line)
-        chosen = await accelerator.choose()
-        chain = [self.overlay(self._base.path), self._base]
-        return DomainSpec(
-            sandbox=sandbox,
-            machine=qemu_host.new_machine(self.host, chosen, firmware, boot),
-            cpus=2,
-            memory=256,
-            vmgenid=mint(),
-            disks=[DomainDisk(index=0, serial="root", chain=chain)],
-            firmware_dir=self._firmware,
-            kernel=self._image.kernel,
-            initrd=self._image.initrd,
-            folder=self.folder(sandbox),
-            uid=uid,
-        )
-
-
-class Running:
-    """A guest that runs, and what it told."""
-
-    def __init__(self, spec: DomainSpec, domain: Domain, agent: GuestAgent) -> None:
-        self.spec, self.domain, self.agent = spec, domain, agent
-        self.pid = domain.handle.pid
-
-    async def sh(self, line: str) -> str:
-        result = await execute(self.agent, ["sh", "-c", line], timeout=60)
-        assert result.exit_code == 0, result
-        return result.stdout.decode().strip()
-
-
-@asynccontextmanager
-async def running(launcher: Launcher, spec: DomainSpec) -> AsyncIterator[Running]:
-    handle = await launcher.start(spec)
-    agent = GuestAgent(spec.folder)
-
-    def hear(event: Event) -> None:
-        if isinstance(event, AgentPort):
-            agent.port_changed(is_open=event.open)
-
-    try:
-        domain = await Domain.attach(handle, hear)
-        try:
-            await domain.cont()
-            await agent.wait_ready(120)
-            yield Running(spec, domain, agent)
-        finally:
-            await domain.detach()
-            await agent.close()
-    finally:
-        await launcher.stop(handle)
+from support.bench import QEMU_UID, Bench, Running, make_bench, running
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     root = tmp_path_factory.mktemp("hypervisor")
-
-    async def prepare() -> Bench:
-        work = root / "image"
-        work.mkdir()
-        image = await recipes.tiny(work, cache_dir=CACHE, progress=no_progress)
-        return Bench(root / "bench", image, await qemu_host.probe())
-
-    yield asyncio.run(prepare())
+    yield asyncio.run(make_bench(root))
     shutil.rmtree(root)
 
 
@@ -360,50 +250,3 @@ async def test_a_start_that_fails_leaves_nothing(bench: Bench) -> None:
     await asyncio.wait((starting,))
     assert await bench.launcher.find(spec.sandbox, spec.folder) is None
     assert [path.name for path in spec.folder.iterdir()] == ["qemu.log"]
-
-
-@pytest.fixture
-def libvirtd(tmp_path: Path) -> Iterator[None]:
-    """libvirt's daemons, started by hand where no service manager did."""
-    if os.getuid() != 0 or shutil.which("libvirtd") is None:
-        pytest.skip("needs root and libvirtd")
-    if Path("/run/libvirt/libvirt-sock").is_socket() and not _is_stale():
-        yield
-        return
-    # /dev/kvm is masked where it opens but does not work: libvirtd would ask it for minutes.
-    masked = "mount --bind /dev/null /dev/kvm 2>/dev/null; exec libvirtd"
-    commands: Sequence[Sequence[str]] = (["virtlogd"], ["unshare", "-m", "sh", "-c", masked])
-    with (tmp_path / "libvirt.log").open("wb") as log:
-        daemons = [subprocess.Popen(command, stdout=log, stderr=log) for command in commands]
-        try:
-            deadline = time.monotonic() + 30
-            while _is_stale():
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
-            yield
-        finally:
-            for daemon in reversed(daemons):
-                daemon.terminate()
-                daemon.wait()
-
-
-def _is_stale() -> bool:
-    return subprocess.run(["virsh", "uri"], capture_output=True).returncode != 0
-
-
-@pytest.mark.usefixtures("libvirtd")
-async def test_the_same_control_through_libvirt(bench: Bench) -> None:
-    pytest.importorskip("libvirt")
-    launcher = LibvirtLauncher(bench.host, f"virt{os.getpid()}", bench.folder)
-    async with running(launcher, await bench.spec(uid=None)) as guest:
-        assert await guest.sh("echo hi") == "hi"
-        command = ["virsh", "list", "--name"]
-        listed = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-        assert guest.spec.sandbox in (await listed.communicate())[0].decode()
-        old = guest.spec.disks[0].chain[0]
-        new = bench.overlay(old.path)
-        await guest.domain.disks.prepare([new])
-        await guest.domain.disks.switch([(old, new)])
-        assert await guest.domain.disks.active_layers() == {0: new.node}
-        assert await launcher.list() == [guest.domain.handle]
-    assert await launcher.list() == []

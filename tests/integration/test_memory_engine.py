@@ -21,7 +21,7 @@ from stratabox.storage.files.memory.chain import merge, read_chain
 from stratabox.storage.files.memory.format import verify
 from stratabox.storage.files.memory.sealed import write_state
 from stratabox.storage.model.errors import FailedError, InternalError
-from support.hypervisor import Bench, Running, running
+from support.bench import Bench, Running, make_bench, running
 from support.memory import Memories, differing_pages
 
 MIB = 1 << 20
@@ -39,7 +39,7 @@ tracked = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     root = tmp_path_factory.mktemp("memory")
-    yield asyncio.run(Bench.prepare(root))
+    yield asyncio.run(make_bench(root))
     shutil.rmtree(root)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from stratabox.daemon.hypervisor import accelerator, qemu_host
@@ -14,7 +15,14 @@ from stratabox.daemon.hypervisor.agent import GuestAgent
 from stratabox.daemon.hypervisor.domain import Domain
 from stratabox.daemon.hypervisor.events import AgentPort, Event
 from stratabox.daemon.hypervisor.exec import execute
-from stratabox.daemon.hypervisor.machine import ChainLayer, DomainDisk, DomainSpec, Launcher
+from stratabox.daemon.hypervisor.machine import (
+    ChainLayer,
+    DomainDisk,
+    DomainSpec,
+    Launcher,
+    SavedMemory,
+)
+from stratabox.daemon.hypervisor.memory.load import wait_loaded
 from stratabox.daemon.hypervisor.qemu import QemuLauncher
 from stratabox.daemon.hypervisor.qemu_host import QemuHost
 from stratabox.daemon.images.artifact import BuiltImage, no_progress
@@ -73,7 +81,26 @@ class Bench:
         path.chmod(0o600)
         return ChainLayer(id=layer, path=path)
 
-    async def spec(self, uid: int | None = QEMU_UID) -> DomainSpec:
+    def restored(
+        self, spec: DomainSpec, saved: SavedMemory, disks: Sequence[ChainLayer]
+    ) -> DomainSpec:
+        """Another sandbox with the same machine, that goes on from saved memory.
+
+        :param disks: what its root disk stands on, newest first; sealed.
+        """
+        sandbox = SandboxId(mint())
+        self.folder(sandbox).mkdir(mode=0o700, parents=True)
+        chain = [self.overlay(disks[0].path), *disks]
+        return replace(
+            spec,
+            sandbox=sandbox,
+            vmgenid=mint(),
+            disks=[replace(spec.disks[0], chain=chain)],
+            folder=self.folder(sandbox),
+            saved=saved,
+        )
+
+    async def spec(self, uid: int | None = QEMU_UID, *, memory: int = 256) -> DomainSpec:
         sandbox = SandboxId(mint())
         self.folder(sandbox).mkdir(mode=0o700, parents=True)
         firmware = dict.fromkeys(self.host.firmware_sources, NOTHING)
@@ -84,7 +111,7 @@ class Bench:
             sandbox=sandbox,
             machine=qemu_host.new_machine(self.host, chosen, firmware, boot),
             cpus=2,
-            memory=256,
+            memory=memory,
             vmgenid=mint(),
             disks=[DomainDisk(index=0, serial="root", chain=chain)],
             firmware_dir=self._firmware,
@@ -103,13 +130,14 @@ class Running:
         self.pid = domain.handle.pid
 
     async def sh(self, line: str) -> str:
-        result = await execute(self.agent, ["sh", "-c", line], timeout=60)
+        result = await execute(self.agent, ["sh", "-c", line], timeout=300)
         assert result.exit_code == 0, result
         return result.stdout.decode().strip()
 
 
 @asynccontextmanager
 async def running(launcher: Launcher, spec: DomainSpec) -> AsyncIterator[Running]:
+    """A guest that runs, from the beginning or from saved memory, until the context ends."""
     handle = await launcher.start(spec)
     agent = GuestAgent(spec.folder)
 
@@ -120,6 +148,8 @@ async def running(launcher: Launcher, spec: DomainSpec) -> AsyncIterator[Running
     try:
         domain = await Domain.attach(handle, hear)
         try:
+            if spec.saved is not None:
+                await wait_loaded(domain)
             await domain.cont()
             await agent.wait_ready(120)
             yield Running(spec, domain, agent)

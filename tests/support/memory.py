@@ -15,7 +15,7 @@ from stratabox.daemon.hypervisor.memory.save import Base, Saved, Target, save
 from stratabox.storage.files.memory.chain import read_chain
 from stratabox.storage.files.memory.sealed import assemble, read_state
 from stratabox.storage.model.ids import mint
-from support.hypervisor import Bench, Running, running
+from support.bench import Bench, Running, running
 
 PART = 4 << 20
 

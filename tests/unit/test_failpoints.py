@@ -69,6 +69,14 @@ def test_each_point_does_what_it_was_told(arm: Callable[[str], None]) -> None:
     hit("create.row-written")
 
 
+def test_a_failure_can_be_counted(arm: Callable[[str], None]) -> None:
+    arm("image.built=error:2")
+    for _ in range(2):
+        with pytest.raises(OSError, match="failpoint"):
+            hit("image.built")
+    hit("image.built")
+
+
 def test_kill_is_a_kill() -> None:
     script = (
         "from stratabox.storage import failpoints as f; import atexit;"
@@ -86,6 +94,7 @@ def test_kill_is_a_kill() -> None:
         "create.row-writen=kill", "=kill", "kill", "create.row-written=sleep",
         "create.row-written=sleep:", "create.row-written=sleep:soon", "create.row-written=sleep:-1",
         "create.row-written=sleep:nan", "create.row-written=kill ", " create.row-written=kill",
+        "create.row-written=error:", "create.row-written=error:0", "create.row-written=kill:1",
         "create.row-written=kill=kill", "sweep.unlinked=error,no.such=kill",
     ],
 )  # fmt: skip

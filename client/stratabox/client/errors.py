@@ -106,7 +106,7 @@ class InvalidResourcesError(InvalidArgumentError):
 
 
 class ResourcesFixedError(InvalidArgumentError):
-    """A memory snapshot goes on with the size that it was taken with; restore it cold to change it."""
+    """A memory snapshot goes on with the size that it was taken with; restored cold, with any."""
 
     default_reason = "RESOURCES_FIXED"
 

@@ -56,6 +56,7 @@ async def serve(config: Config) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
+    loop.add_signal_handler(signal.SIGUSR1, _log_tasks)
     async with running(config):
         await ending.wait()
         log.info("ending; guests run on")
@@ -159,6 +160,12 @@ def _locked(layout: Layout) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _log_tasks() -> None:
+    """For whoever wonders what the daemon is doing: SIGUSR1 has it say so."""
+    names = sorted(task.get_name() for task in asyncio.all_tasks())
+    log.info("%d tasks: %s", len(names), ", ".join(names))
 
 
 def _arm_failpoints() -> None:

@@ -1,0 +1,96 @@
+"""The daemon dies at moments that nobody chose, again and again, under load.
+
+The named moments are in test_failpoints; this looks for those that nobody has thought of. More
+rounds: ``STRATABOX_SOAK_KILLS=500``; the same once more: ``STRATABOX_SOAK_SEED=…`` as it was
+printed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from stratabox.client import (
+    DaemonUnavailableError,
+    SnapshotState,
+)
+from support import disks
+from support.rig import Rig, rig
+
+KILLS = int(os.environ.get("STRATABOX_SOAK_KILLS", "20"))
+LONGEST_ROUND = 0.8
+"""Seconds of load before a kill, at most."""
+
+
+def take_snapshots(rig: Rig) -> None:
+    """Each is named after what the witness had written by then; the one before goes."""
+    while True:
+        mark = rig.mark()
+        older = rig.client.snapshots.list(sandbox=rig.witness.id)
+        level = random.choice(["crash", "application"])  # not seeded: threads are not, either
+        rig.client.snapshots.create(rig.witness.id, name=mark, level=level)
+        for snapshot in older[1:]:
+            rig.client.snapshots.delete(snapshot.id)
+
+
+def come_and_go(rig: Rig) -> None:
+    """Sandboxes and clones that are never waited for."""
+    while True:
+        box = rig.create()
+        copies = rig.client.sandboxes.clone(box.id, quick=True, wait_for_ready=False)
+        rig.client.sandboxes.delete(box.id)
+        rig.client.snapshots.delete(copies.snapshot.id)
+        for copy in copies.sandboxes:
+            rig.client.sandboxes.delete(copy.id)
+
+
+def until_it_dies(work: Callable[[Rig], None], rig: Rig) -> None:
+    try:
+        work(rig)
+    except DaemonUnavailableError:
+        return
+
+
+def check(rig: Rig) -> None:
+    """Every snapshot that is there holds what its name says, acknowledged or not."""
+    for snapshot in rig.client.snapshots.list(sandbox=rig.witness.id):
+        if snapshot.state is SnapshotState.READY:
+            assert disks.marker(rig.disks_of(snapshot.id)[1]) == snapshot.name
+    rig.check()
+
+
+def clear(rig: Rig) -> None:
+    """Remove what was left half-way through: it is whole, and it can be removed."""
+    for sandbox in rig.client.sandboxes.list():
+        if sandbox.id != rig.witness.id:
+            rig.client.sandboxes.delete(sandbox.id)
+    for snapshot in rig.client.snapshots.list():
+        if snapshot.source_sandbox_id != rig.witness.id or snapshot.state is SnapshotState.FAILED:
+            rig.client.snapshots.delete(snapshot.id)
+
+
+def test_random_kills(tmp_path: Path) -> None:
+    seed = int(os.environ.get("STRATABOX_SOAK_SEED") or random.randrange(1 << 32))
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    with rig(tmp_path) as survivor, ThreadPoolExecutor() as threads:
+        for _ in range(KILLS):
+            load = [
+                threads.submit(until_it_dies, work, survivor)
+                for work in (take_snapshots, come_and_go)
+            ]
+            time.sleep(chance.uniform(0, LONGEST_ROUND))  # the moment is what is random
+            survivor.process.kill()
+            for each in load:
+                each.result()
+            survivor.restart()
+            check(survivor)
+            clear(survivor)
+        mark = survivor.mark()
+        last = survivor.client.snapshots.create(survivor.witness.id, level="application")
+        with survivor.client.snapshots.restore(last.id) as restored:
+            assert restored.execute("cat /marker").stdout.decode() == f"{mark}\n"
