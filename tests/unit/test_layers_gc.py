@@ -92,8 +92,8 @@ def test_a_long_chain() -> None:
 # -- in the catalog -------------------------------------------------------------------------------
 
 
-def put(catalog: Catalog, maker: Maker, parents: Parents) -> Parents:
-    """The same forest, empty of all else, under fresh ids."""
+def put(catalog: Catalog, maker: Maker, parents: Parents) -> dict[LayerId, LayerId]:
+    """The same forest, empty of all else, under fresh ids: the old name of each and its id."""
     real = {name: LayerId(mint()) for name in parents}
     with catalog.transaction() as tx:
         for table in ("sandboxes", "snapshots"):
@@ -101,7 +101,7 @@ def put(catalog: Catalog, maker: Maker, parents: Parents) -> Parents:
         layers.drop(tx, [layer.id for layer in layers.everything(tx)])
         for name, parent in parents.items():
             layers.insert(tx, maker.layer(real[parent] if parent else None, id=real[name]))
-    return {real[name]: real[parent] if parent else None for name, parent in parents.items()}
+    return real
 
 
 @settings(
@@ -113,8 +113,12 @@ def put(catalog: Catalog, maker: Maker, parents: Parents) -> Parents:
 def test_garbage_is_dropped_in_any_order_and_survivors_keep_their_chains(
     catalog: Catalog, maker: Maker, forest: Parents, data: st.DataObject
 ) -> None:
-    parents = put(catalog, maker, forest)
-    by_sandbox, by_snapshot = some_of(data, parents), some_of(data, parents)
+    # All is drawn from the forest's own names: fresh ids would make every example another one.
+    drawn = some_of(data, forest), some_of(data, forest)
+    order = data.draw(st.permutations(sorted(forest)))
+    real = put(catalog, maker, forest)
+    parents = {real[name]: real[parent] if parent else None for name, parent in forest.items()}
+    by_sandbox, by_snapshot = ({real[name] for name in names} for names in drawn)
     with catalog.transaction() as tx:
         for layer in by_sandbox:
             sandboxes.insert(tx, maker.sandbox(layer))
@@ -135,7 +139,7 @@ def test_garbage_is_dropped_in_any_order_and_survivors_keep_their_chains(
         assert doomed == {
             layer.id for layer in layers.everything(tx) if layer.state is LayerState.GARBAGE
         }
-        layers.drop(tx, data.draw(st.permutations(sorted(doomed))))
+        layers.drop(tx, [real[name] for name in order if real[name] in doomed])
         assert {layer.id for layer in layers.everything(tx)} == naive(roots, parents)
 
 
@@ -148,8 +152,10 @@ def test_garbage_is_dropped_in_any_order_and_survivors_keep_their_chains(
 def test_what_others_stand_on_is_not_dropped(
     catalog: Catalog, maker: Maker, forest: Parents, data: st.DataObject
 ) -> None:
-    parents = put(catalog, maker, forest)
-    doomed = some_of(data, parents)
+    chosen = some_of(data, forest)
+    real = put(catalog, maker, forest)
+    parents = {real[name]: real[parent] if parent else None for name, parent in forest.items()}
+    doomed = {real[name] for name in chosen}
     assume(any(parent in doomed and child not in doomed for child, parent in parents.items()))
     with pytest.raises(CorruptError) as caught, catalog.transaction() as tx:
         layers.drop(tx, doomed)
