@@ -81,7 +81,10 @@ def snapshot_of_running(rig: Rig, point: str, level: SnapshotLevel) -> Scenario:
     # Its instant is the switch. Application level takes more: that the freeze held until then,
     # which the next daemon knows by thawing as many file systems as were frozen before.
     switched = ("snapshot.switched", "snapshot.thawed", "snapshot.sealed")
-    provable = switched if level is SnapshotLevel.CRASH else switched[:1]
+    # Of memory nothing is shown before it is all on the disk.
+    provable = {SnapshotLevel.CRASH: switched, SnapshotLevel.APPLICATION: switched[:1]}.get(
+        level, ()
+    )
     if point in (*provable, "snapshot.ready-written"):
         assert (snapshot.state, snapshot.consistency) == (SnapshotState.READY, level)
         assert bool(snapshot.frozen_filesystems) is (level is SnapshotLevel.APPLICATION)
@@ -98,6 +101,10 @@ def snapshot_crash(rig: Rig, point: str) -> Scenario:
 
 def snapshot_application(rig: Rig, point: str) -> Scenario:
     yield from snapshot_of_running(rig, point, SnapshotLevel.APPLICATION)
+
+
+def snapshot_memory(rig: Rig, point: str) -> Scenario:
+    yield from snapshot_of_running(rig, point, SnapshotLevel.MEMORY)
 
 
 def snapshot_paused(rig: Rig, point: str) -> Scenario:
@@ -240,10 +247,18 @@ CASES: list[tuple[str, Callable[[Rig, str], Scenario]]] = [
     *((point, create) for point in ("create.row-written", "create.overlays-made", *BOOT)),
     *((point, restore) for point in ("create.overlays-made", *BOOT)),
     *((point, start) for point in BOOT),
-    *((point, snapshot_application) for point in failpoints.NAMES if point.startswith("snapshot.")),
+    *(
+        (point, snapshot_application)
+        for point in failpoints.NAMES
+        if point.startswith("snapshot.") and point != "snapshot.memory-saved"
+    ),
     *(
         (f"snapshot.{point}", snapshot_crash)
         for point in ("overlays-made", "switched", "sealed", "ready-written")
+    ),
+    *(
+        (f"snapshot.{point}", snapshot_memory)
+        for point in ("overlays-made", "switched", "memory-saved", "ready-written")
     ),
     ("snapshot.switched", snapshot_paused),
     ("snapshot.overlays-made", snapshot_stopped),

@@ -154,6 +154,9 @@ class DaemonProcess:
         """Nothing is half-made: every file has a row, every row its file, nothing is under way."""
         rows = {f"{row[0]}.qcow2" for row in self.rows("SELECT id FROM layers")}
         assert self.layers() == rows
+        saved = {str(row[0]) for row in self.rows("SELECT id FROM rams")}
+        expected = {f"{each}.{kind}" for each in saved for kind in ("ram", "state")}
+        assert {path.name for path in (self.state / "ram").iterdir()} == expected
         assert self.rows("SELECT kind FROM operations") == []
         assert self.rows("SELECT id FROM sandboxes WHERE state IN ('creating','terminating')") == []
         assert self.rows("SELECT id FROM snapshots WHERE state IN ('creating','deleting')") == []

@@ -69,7 +69,7 @@ def test_a_fresh_file_gets_the_newest_schema(path: Path) -> None:
     assert version == sum(entry.name.endswith(".sql") for entry in folder.iterdir())
     assert {row["name"] for row in tables} == {
         "store", "layers", "images", "sandboxes", "disks", "snapshots", "snapshot_disks",
-        "operations", "idempotency",
+        "operations", "idempotency", "rams",
     }  # fmt: skip
     assert all(row["sql"].rstrip().endswith("STRICT") for row in tables)
     assert modes == ["wal", 2]

@@ -165,7 +165,7 @@ def test_unknown_and_shortened_flags_are_refused() -> None:
         ('socket_mode = "0077"', "octal"),
         ('socket_group = "no-such-group-here"', "no such group"),
         ('launcher = "docker"', '"qemu" or "libvirt"'),
-        ('default_level = "memory"', '"crash" or "application"'),
+        ('default_level = "full"', '"crash", "application" or "memory"'),
         ('libvirt_uri = "qemu+ssh://far/system"', "this host"),
         ('qemu_binary = "./qemu"', "absolute"),
         ('state_dir = "state"', "absolute path"),

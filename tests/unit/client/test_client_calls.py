@@ -92,8 +92,8 @@ def test_what_cannot_be_sent_is_told_before(client: Client) -> None:
             client.sandboxes.create(**arguments)
     with pytest.raises(InvalidArgumentError, match="time zone"):
         client.sandboxes.snapshot("x", expires_at=datetime(2030, 1, 1))
-    with pytest.raises(InvalidArgumentError, match="crash, application"):
-        client.sandboxes.snapshot("x", level="memory")
+    with pytest.raises(InvalidArgumentError, match="crash, application, memory"):
+        client.sandboxes.snapshot("x", level="quantum")
     with pytest.raises(InvalidArgumentError, match="quick"):
         client.sandboxes.snapshot("x", level="application", quick=True)
     with pytest.raises(InvalidArgumentError):
