@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 import tomllib
@@ -109,6 +110,21 @@ def test_the_lock_names_no_host_and_no_path_of_this_machine() -> None:
         assert "==" in line, line
         assert "/" not in line, line
         assert not line.startswith("-"), line
+
+
+def test_the_lock_has_all_that_is_asked_for() -> None:
+    """A dependency that was added without `make lock` is missing on every other machine."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = project["project"]["optional-dependencies"]
+    asked = [
+        *project["project"]["dependencies"],
+        *(each for extra in extras.values() for each in extra if not each.startswith("stratabox")),
+        *project["dependency-groups"]["dev"],
+    ]
+    names = {re.split(r"[^A-Za-z0-9._-]", each)[0].replace(".", "-").lower() for each in asked}
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8").lower()
+    locked = {line.partition("==")[0].replace(".", "-") for line in lock.splitlines()}
+    assert names <= locked, f"run make lock: {sorted(names - locked)}"
 
 
 def test_generator_and_runtime_pins_agree() -> None:
