@@ -6,7 +6,7 @@ INPUTS := scripts/setup pyproject.toml requirements.lock hatch_build.py \
           $(wildcard proto/stratabox/*/*.proto)
 PYTEST_ARGS ?=
 
-.PHONY: help demo test lint check proto docs lock coverage clean
+.PHONY: help demo test soak lint check proto docs lock coverage clean
 
 help: ## say what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -16,6 +16,11 @@ demo: .venv/.ready-demo ## watch a real guest being created, snapshotted, restor
 
 test: .venv/.ready-test ## run all tests (PYTEST_ARGS="-m 'not guest'" for the quick ones)
 	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+# SIGKILLs the daemon at random moments under load; STRATABOX_SOAK_SEED repeats the moments.
+soak: .venv/.ready-test ## kill the daemon at 200 random moments (STRATABOX_SOAK_KILLS=N for others)
+	@STRATABOX_SOAK_KILLS=$${STRATABOX_SOAK_KILLS:-200} $(PYTHON) -m pytest \
+		tests/integration/test_random_kills.py -s --timeout 7200
 
 lint: .venv/.ready-test ## ruff, import contracts, buf, shellcheck, mypy
 	.venv/bin/ruff check .
