@@ -180,7 +180,7 @@ class TestClone:
         source.pause()
         paused = source.clone(wait_for_ready=False)
         paused.sandbox.pause()
-        assert paused.snapshot.consistency is SnapshotLevel.CRASH
+        assert paused.snapshot.consistency is SnapshotLevel.MEMORY
         assert source.refresh().state is SandboxState.PAUSED
         with pytest.raises(InvalidStateError):
             source.clone(level="application")

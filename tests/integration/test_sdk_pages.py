@@ -138,7 +138,7 @@ async def test_parallel_clones_for_scale(client: Client, module_box: Sandbox) ->
         assert len({result.snapshot.id for result in results}) == 4
         for clone, result in zip(clones, results, strict=True):
             assert result.snapshot.source_sandbox_id == base.id
-            assert result.snapshot.consistency is SnapshotLevel.APPLICATION
+            assert result.snapshot.consistency is SnapshotLevel.MEMORY
             assert clone.source_snapshot_id == result.snapshot.id
             assert (clone.cpus, clone.memory, clone.storage) == (
                 base.cpus, base.memory, base.storage,
