@@ -58,8 +58,9 @@ class Stored:
         return {str(name) for name, _ in rows} - needed | self._process.layers() - needed
 
     def bytes_on_disk(self) -> int:
-        """What the layers' folder takes."""
-        return sum(path.stat().st_blocks * 512 for path in self._folder.iterdir())
+        """What layers and saved memory take."""
+        files = [*self._folder.iterdir(), *(self._process.state / "ram").iterdir()]
+        return sum(path.stat().st_blocks * 512 for path in files)
 
     def _layer(self, table: str, column: str, record: str, index: int) -> Path:
         ((layer,),) = self._process.rows(
