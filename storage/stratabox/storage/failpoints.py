@@ -6,6 +6,8 @@ In production this is one dictionary look-up in an empty dictionary. A test sets
 
 ``kill``
     SIGKILL to the own process: nothing is flushed, no handler runs.
+``kill:N``
+    the same, at the Nth time that it is reached.
 ``error``
     raise OSError(EIO), as a failing disk would.
 ``nospace``
@@ -33,7 +35,7 @@ NAMES: tuple[str, ...] = ()
 """Every failpoint; filled in below, grouped by operation."""
 
 _armed: dict[str, str] = {}
-_ACTION = re.compile(r"kill|(error|nospace)(:[1-9][0-9]*)?|sleep:[0-9]+(\.[0-9]+)?")
+_ACTION = re.compile(r"kill(:[1-9][0-9]*)?|(error|nospace)(:[1-9][0-9]*)?|sleep:[0-9]+(\.[0-9]+)?")
 _ERRORS = {"error": errno.EIO, "nospace": errno.ENOSPC}
 
 
@@ -63,8 +65,10 @@ def hit(name: str) -> None:
     action, _, argument = _armed.get(name, "").partition(":")
     if not action:
         return
-    if action == "kill":
+    if action == "kill" and argument in ("", "1"):
         os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "kill":
+        _armed[name] = f"{action}:{int(argument) - 1}"
     elif action == "sleep":
         time.sleep(float(argument))
     else:
@@ -80,6 +84,9 @@ NAMES += (
     "create.overlays-made",
     "boot.started",
     "boot.running-written",
+    "identity.told",
+    "spare.overlays-made",
+    "spare.loaded",
     "snapshot.row-written",
     "snapshot.overlays-made",
     "snapshot.freeze-intended",
@@ -93,6 +100,7 @@ NAMES += (
     "clone.snapshot-taken",
     "clone.copies-made",
     "delete-snapshot.row-written",
+    "farewell.snapshot-taken",
     "terminate.row-written",
     "terminate.stopped",
     "terminate.disks-released",
@@ -100,6 +108,11 @@ NAMES += (
     "stop.stopped",
     "pause.stopped",
     "resume.continued",
+    "park.row-written",
+    "park.stopped",
+    "park.saved",
+    "park.written",
+    "park.ended",
     "revert.row-written",
     "revert.stopped",
     "revert.overlays-made",
@@ -109,6 +122,48 @@ NAMES += (
     "image.files-stored",
     "image.ready-written",
     "delete-image.row-written",
+    "import.row-written",
+    "import.received",
+    "import.files-stored",
+    "import.ready-written",
+    "volume.row-written",
+    "volume.formatted",
+    "volume.stored",
+    "volume.ready-written",
+    "delete-volume.row-removed",
+    "volume.claimed",
+    "volume.plugged",
+    "volume.mounted",
+    "volume.attached-written",
+    "volume.detach-intended",
+    "volume.unmounted",
+    "volume.unplugged",
+    "volume.released",
+    "volume.left",
+    "volume.grown",
+    "volume.grown-written",
+    "volume-snapshot.row-written",
+    "volume-snapshot.overlays-made",
+    "volume-snapshot.frozen",
+    "volume-snapshot.switched",
+    "volume-snapshot.sealed",
+    "volume-snapshot.written",
+    "delete-volume-snapshot.row-removed",
+    "merge.written",
+    "merge.renamed",
+    "merge.recorded",
+    "jobs.target-made",
+    "jobs.written",
+    "jobs.compared",
+    "jobs.replaced",
+    "jobs.taken-over",
     "sweep.tombstoned",
     "sweep.unlinked",
+    "catalog.commit",
+    "catalog.committed",
+    "backup.written",
+    "backup.placed",
+    "restore-catalog.moved",
+    "restore-catalog.placed",
+    "quarantine.moved",
 )

@@ -11,16 +11,18 @@ thread, so that no fsync holds its event loop.
 
 from __future__ import annotations
 
+import errno
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from stratabox.storage.failpoints import hit
 from stratabox.storage.model.errors import (
     CorruptError,
     DeniedError,
@@ -28,8 +30,12 @@ from stratabox.storage.model.errors import (
     UnavailableError,
 )
 from stratabox.storage.model.ids import mint
+from stratabox.storage.model.workspaces import DEFAULT_WORKSPACE
 
 Row = sqlite3.Row
+
+RESTORED = 0x7265_7374
+"""The database's application_id from when it was restored until a daemon has settled that."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,22 @@ class Transaction:
 
     connection: sqlite3.Connection
     now: datetime
+    workspace: str | None = None
+    """Whose things callers' words can find in it (`lookup`); None: everybody's."""
+    noted: list[tuple[str, str, object]] = field(default_factory=list)
+    """What became another, for whoever tells of it once that is durable: "created", "updated" or
+    "deleted", whose it is, and the record after it, or before it when deleted."""
+
+    def sees(self, workspace: str) -> bool:
+        """Whether whom it is for may know of what is that workspace's."""
+        return self.workspace in (None, workspace)
+
+    @property
+    def home(self) -> str:
+        """The workspace that what is made in it belongs to, where that does not come of another
+        thing.
+        """
+        return self.workspace or DEFAULT_WORKSPACE
 
     def execute(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> None:
         """Run one statement whose result does not matter."""
@@ -78,17 +100,35 @@ class Transaction:
 class Catalog:
     """The open database."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        before_migration: Callable[[int], None] = lambda schema: None,
+        *,
+        joining: bool = False,
+    ) -> None:
         """Open or make it, and bring its schema up to date.
 
+        :param joining: a daemon may have it open: it must be there, of this schema, and is not
+            examined.
+
+        :param before_migration: called with the old schema's number before that is changed, 0 for a
+            database that is empty; what it raises leaves the file as it was.
         :raise CorruptError: CATALOG_CORRUPT, when it is not a sound database.
-        :raise DeniedError: CATALOG_TOO_NEW, when a newer Stratabox wrote it.
+        :raise DeniedError: CATALOG_TOO_NEW, when a newer Stratabox wrote it; CATALOG_TOO_OLD, when
+            joining, of an older schema, or where there is none.
         :raise NoSpaceError: when the disk is full.
         """
         self._path = path
+        self._joining = joining
+        self._before_migration = before_migration
         with self._translated():
             self._connection = sqlite3.connect(
-                path, isolation_level=None, check_same_thread=False, timeout=10
+                f"{path.absolute().as_uri()}?mode={'rw' if joining else 'rwc'}",
+                uri=True,
+                isolation_level=None,
+                check_same_thread=False,
+                timeout=10,
             )
         try:
             self.store_id = self._open()
@@ -100,6 +140,23 @@ class Catalog:
         """Close it; the WAL is folded in."""
         self._connection.close()
 
+    @property
+    def changes(self) -> int:
+        """How many rows were changed since it was opened. From any thread."""
+        return self._connection.total_changes
+
+    @property
+    def was_restored(self) -> bool:
+        """It is a backup that was put back, and nobody has settled what that means."""
+        with self._translated():
+            (mark,) = self._connection.execute("PRAGMA application_id").fetchone()
+        return bool(mark == RESTORED)
+
+    def note_settled(self) -> None:
+        """What it meant that it was restored has been settled."""
+        with self._translated():
+            self._connection.execute("PRAGMA application_id = 0")
+
     def _open(self) -> str:
         with self._translated():
             self._connection.row_factory = sqlite3.Row
@@ -108,7 +165,8 @@ class Catalog:
                 self._connection.execute(f"PRAGMA {pragma}")
             self._migrate()
             # Files that no row names are removed: a damaged row must not pass for a missing one.
-            (verdict,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
+            check = "SELECT 'ok'" if self._joining else "PRAGMA quick_check(1)"
+            (verdict,) = self._connection.execute(check).fetchone()
         if verdict != "ok":
             raise CorruptError(
                 f"the catalog {self._path} is damaged ({verdict.splitlines()[-1]})",
@@ -123,16 +181,52 @@ class Catalog:
         return str(row["id"])
 
     @contextmanager
-    def transaction(self) -> Iterator[Transaction]:
-        """Open a transaction: committed and durable at the end, rolled back when it raises."""
+    def transaction(self, workspace: str | None = None) -> Iterator[Transaction]:
+        """Open a transaction: committed and durable at the end, rolled back when it raises.
+
+        :param workspace: of ``Transaction``.
+        """
         with self._translated():
             self._connection.execute("BEGIN IMMEDIATE")
+            before = self._connection.total_changes
             try:
-                yield Transaction(self._connection, datetime.now(UTC))
+                yield Transaction(self._connection, datetime.now(UTC), workspace)
+                changed = self._connection.total_changes != before
+                if changed:
+                    self._about_to_commit()
                 self._connection.execute("COMMIT")
             finally:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
+        if changed:
+            hit("catalog.committed")
+
+    @contextmanager
+    def looking(self) -> Iterator[Transaction]:
+        """Look at all as it is now, without holding up who writes: for what takes long.
+
+        On a connection of its own, from any thread. Nothing can be changed through it.
+        """
+        with self._translated():
+            address = f"{self._path.absolute().as_uri()}?mode=ro"
+            connection = sqlite3.connect(address, uri=True, isolation_level=None, timeout=10)
+            try:
+                connection.row_factory = sqlite3.Row
+                connection.execute("BEGIN")
+                yield Transaction(connection, datetime.now(UTC))
+            finally:
+                connection.close()
+
+    def _about_to_commit(self) -> None:
+        """What a test wants of it, told as SQLite's own failure would be."""
+        try:
+            hit("catalog.commit")
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise NoSpaceError(f"no space left for the catalog {self._path}") from error
+            raise UnavailableError(
+                f"the catalog {self._path} cannot be used: {error}", reason="CATALOG_UNAVAILABLE"
+            ) from error
 
     def _migrate(self) -> None:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
@@ -148,6 +242,14 @@ class Catalog:
                 f" {newest}): install that version again",
                 reason="CATALOG_TOO_NEW",
             )
+        if version < newest and self._joining:
+            raise DeniedError(
+                f"{self._path} was written by an older Stratabox (schema {version}, this one has"
+                f" {newest})",
+                reason="CATALOG_TOO_OLD",
+            )
+        if version < newest:
+            self._before_migration(version)
         for entry in files:
             number = int(entry.name[:4])
             if number <= version:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from stratabox.storage.catalog.database import Transaction
+from stratabox.storage.catalog.database import Transaction, json_of
 from stratabox.storage.model.ids import LayerId
 from stratabox.storage.model.records import Disk
 
@@ -39,16 +39,25 @@ class DiskTable:
 
     def of(self, tx: Transaction, owner: str) -> tuple[Disk, ...]:
         """An owner's disks, root first."""
-        rows = tx.rows(f"SELECT * FROM {self.name} WHERE {self.owner} = ? ORDER BY idx", (owner,))
-        return tuple(
-            Disk(
+        return self.of_several(tx, [owner]).get(owner, ())
+
+    def of_several(self, tx: Transaction, owners: Sequence[str]) -> dict[str, tuple[Disk, ...]]:
+        """The disks of some, root first; who has none is left out."""
+        rows = tx.rows(
+            f"SELECT * FROM {self.name} WHERE {self.owner} IN (SELECT value FROM json_each(?))"
+            f" ORDER BY {self.owner}, idx",
+            (json_of(owners),),
+        )
+        found: dict[str, tuple[Disk, ...]] = {}
+        for row in rows:
+            disk = Disk(
                 index=row["idx"],
                 layer=LayerId(row["layer"]),
                 size=row["size"],
                 serial=row["serial"],
             )
-            for row in rows
-        )
+            found[row[self.owner]] = (*found.get(row[self.owner], ()), disk)
+        return found
 
 
 OF_SANDBOXES = DiskTable("disks", "sandbox")

@@ -1,4 +1,7 @@
-"""Rows of idempotency keys: the same key again gives the same thing."""
+"""Rows of idempotency keys: the same key again gives the same thing.
+
+Keys are of the workspace that the transaction is for: another's are not known.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ def recall(tx: Transaction, key: str, method: str, request: str) -> dict[str, st
 
     :raise InvalidArgumentError: IDEMPOTENCY_MISMATCH, when it was used for another request.
     """
-    row = tx.row("SELECT * FROM idempotency WHERE key = ?", (key,))
+    row = tx.row("SELECT * FROM idempotency WHERE workspace = ? AND key = ?", (tx.home, key))
     if row is None:
         return None
     if (row["method"], row["request"]) != (method, request):
@@ -33,6 +36,7 @@ def remember(tx: Transaction, key: str, method: str, request: str, outcome: dict
     tx.insert(
         "idempotency",
         {
+            "workspace": tx.home,
             "key": key,
             "method": method,
             "request": request,
@@ -44,7 +48,7 @@ def remember(tx: Transaction, key: str, method: str, request: str, outcome: dict
 
 def forget(tx: Transaction, key: str) -> None:
     """Free the key: what it was to make was not made."""
-    tx.execute("DELETE FROM idempotency WHERE key = ?", (key,))
+    tx.execute("DELETE FROM idempotency WHERE workspace = ? AND key = ?", (tx.home, key))
 
 
 def forget_outcome(tx: Transaction, kind: str, made: str) -> None:

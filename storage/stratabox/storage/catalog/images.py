@@ -91,6 +91,7 @@ def _columns(image: Image) -> dict[str, Any]:
         "kernel": boot.kernel if boot else None,
         "initrd": boot.initrd if boot else None,
         "command_line": boot.command_line if boot else None,
+        "cloud_init": image.cloud_init,
         "created_at": text_of(image.created_at),
         "generation": image.generation,
     }
@@ -112,6 +113,7 @@ def _image(row: Row) -> Image:
         layer=None if row["layer"] is None else LayerId(row["layer"]),
         size=row["size"],
         kernel_boot=boot,
+        cloud_init=bool(row["cloud_init"]),
         created_at=datetime.fromisoformat(row["created_at"]),
         generation=row["generation"],
     )

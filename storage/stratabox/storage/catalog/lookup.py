@@ -1,4 +1,9 @@
-"""Finding records: by id, name or start of an id; and page by page."""
+"""Finding records: by id, name or start of an id; and page by page.
+
+The one place where what callers say becomes records. In a transaction that is for one workspace
+(``Transaction.workspace``), what is another's is not there: the same statements run, and find
+nothing. Whoever already has an id of ours reads by it alone.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,8 @@ from stratabox.storage.catalog.database import Row, Transaction
 from stratabox.storage.model.errors import DeniedError, InvalidArgumentError, NotFoundError
 from stratabox.storage.model.ids import is_id, is_id_prefix
 
+OWNED = frozenset({"sandboxes", "snapshots", "volumes", "volume_snapshots", "jobs"})
+"""Tables whose rows are each one workspace's, by a column of that name."""
 DEFAULT_PAGE = 100
 LARGEST_PAGE = 1000
 
@@ -27,24 +34,41 @@ def resolve(tx: Transaction, table: str, noun: str, reference: str, prefer: str 
     :raise NotFoundError: NOUN_NOT_FOUND.
     :raise DeniedError: AMBIGUOUS_NAME, with the ids in the metadata.
     """
-    if is_id(reference) and tx.row(f"SELECT id FROM {table} WHERE id = ?", (reference,)):
+    mine = own(tx, table)
+    given = {"reference": reference, "workspace": tx.workspace}
+    by_id = f"SELECT id FROM {table} WHERE id = :reference AND {own(tx, table, narrow=True)}"
+    if is_id(reference) and tx.row(by_id, given):
         return reference
     if reference:
         for condition in (f"({prefer})", f"NOT ({prefer})"):
             named = tx.rows(
-                f"SELECT id FROM {table} WHERE name = ? AND {condition} LIMIT 21", (reference,)
+                f"SELECT id FROM {table} WHERE name = :reference AND {mine} AND {condition}"
+                " LIMIT 21",
+                given,
             )
             if named:
                 return _only(named, noun, reference, "are named")
-        if is_id_prefix(reference):
-            begun = tx.rows(
-                f"SELECT id FROM {table} WHERE id >= ? AND id < ? LIMIT 21",
-                (reference, reference + "~"),
-            )
-            if begun:
-                return _only(begun, noun, reference, "have ids that start with")
+    return resolve_id(tx, table, noun, reference)
+
+
+def resolve_id(tx: Transaction, table: str, noun: str, reference: str) -> str:
+    """Turn an id or the start of one into an id.
+
+    :raise NotFoundError: NOUN_NOT_FOUND.
+    :raise DeniedError: AMBIGUOUS_NAME, with the ids in the metadata.
+    """
+    if is_id_prefix(reference):
+        mine = own(tx, table, narrow=True)
+        begun = tx.rows(
+            f"SELECT id FROM {table} WHERE id >= :begin AND id < :end AND {mine} LIMIT 21",
+            {"begin": reference, "end": reference + "~", "workspace": tx.workspace},
+        )
+        if begun:
+            return _only(begun, noun, reference, "have ids that start with")
     raise NotFoundError(
-        f"there is no {noun} {reference!r}", reason=f"{noun.upper()}_NOT_FOUND", **{noun: reference}
+        f"there is no {noun} {reference!r}",
+        reason=f"{noun.upper()}_NOT_FOUND".replace(" ", "_"),
+        **{noun.replace(" ", "_"): reference},
     )
 
 
@@ -60,6 +84,16 @@ def _only(rows: Sequence[Row], noun: str, reference: str, how: str) -> str:
     return str(rows[0]["id"])
 
 
+def own(tx: Transaction, table: str, *, narrow: bool = False) -> str:
+    """The SQL condition that a row is one that may be found; it takes :workspace.
+
+    :param narrow: another condition leaves few rows: SQLite is not to go through the workspace's.
+    """
+    if tx.workspace is None or table not in OWNED:
+        return "1"
+    return "+workspace = :workspace" if narrow else "workspace = :workspace"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Page:
     """Which piece of a list is wanted, newest first."""
@@ -72,22 +106,29 @@ FIRST_PAGE = Page()
 
 
 def list_page(
-    tx: Transaction, table: str, page: Page, conditions: Sequence[str], values: Mapping[str, Any]
+    tx: Transaction,
+    table: str,
+    page: Page,
+    conditions: Sequence[str],
+    values: Mapping[str, Any],
+    *,
+    narrow: bool = False,
 ) -> tuple[list[Row], str]:
     """One page of rows that fit all `conditions`, newest first, and the next page's token.
 
+    :param narrow: as of `own`.
     :raise InvalidArgumentError: for a page size out of range or a token that is not ours.
     """
     if not 0 <= page.size <= LARGEST_PAGE:
         raise InvalidArgumentError(f"page_size {page.size} is not within 0-{LARGEST_PAGE}")
     size = page.size or DEFAULT_PAGE
-    where = list(conditions)
-    bound = dict(values)
+    where = [own(tx, table, narrow=narrow), *conditions]
+    bound = {**values, "workspace": tx.workspace}
     if page.token:
         bound["_time"], bound["_id"] = _parse_token(page.token)
         where.append("(created_at, id) < (:_time, :_id)")
     rows = tx.rows(
-        f"SELECT * FROM {table} WHERE {' AND '.join(where) or '1'}"
+        f"SELECT * FROM {table} WHERE {' AND '.join(where)}"
         f" ORDER BY created_at DESC, id DESC LIMIT {size + 1}",
         bound,
     )

@@ -23,6 +23,12 @@ class Kind(StrEnum):
     SNAPSHOT = "snapshot"
     CLONE = "clone"
     REVERT = "revert"
+    PARK = "park"
+    """Pause to disk."""
+    VOLUME = "volume"
+    """A volume's layer is sealed; `sandbox` is the one that writes it."""
+    IMPORT = "import"
+    """A snapshot comes from an archive; `snapshot` and the payload name the files to be."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,20 +14,20 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from stratabox.storage.catalog import gc, images, layers, operations, rams, sandboxes, snapshots
-from stratabox.storage.catalog.database import Catalog, Transaction, json_of
-from stratabox.storage.catalog.machines import blobs_of
+from stratabox.storage.catalog import garbage, layers, rams, seeds
+from stratabox.storage.catalog.database import Catalog, json_of
 from stratabox.storage.failpoints import hit
-from stratabox.storage.files import durable
+from stratabox.storage.files import durable, strays
 from stratabox.storage.files.layout import Layout
+from stratabox.storage.files.stock import blobs_of_living, blobs_of_snapshots
+from stratabox.storage.files.strays import Found
 from stratabox.storage.model.errors import CorruptError
 from stratabox.storage.model.ids import LayerId, Sha256, mint
-from stratabox.storage.model.states import LayerState
-from stratabox.storage.qcow2 import qemu_img
+from stratabox.storage.qcow2 import empty
 
 log = logging.getLogger(__name__)
 
@@ -49,31 +49,38 @@ class Store:
         self.layout = layout
         for folder in layout.folders():
             folder.mkdir(mode=0o700, parents=folder == layout.root, exist_ok=True)
+        durable.sync_folder(layout.root)
 
-    def make_overlays(self, overlays: Iterable[NewOverlay]) -> None:
+    def make_overlays(self, overlays: Iterable[NewOverlay], folder: Path | None = None) -> None:
         """Make the files of new active layers, durably; none is left when this raises.
 
+        :param folder: stage them there, for `place_overlays`; None: among the layers.
         :raise NoSpaceError: when the disk is full.
         """
+        folder = folder or self.layout.layers
         made: list[Path] = []
         try:
             with durable.naming_a_full_disk():
                 for overlay in overlays:
-                    path = self.layout.layer(overlay.id)
+                    path = self.layout.staged(folder, overlay.id)
+                    # A bare name: relative to the folder of the child, which is the same one.
+                    parent = overlay.parent and self.layout.layer_name(overlay.parent)
+                    empty.create(path, overlay.size, parent)
                     made.append(path)
-                    if overlay.parent is None:
-                        qemu_img.create_disk(path, overlay.size)
-                    else:
-                        # A bare name: relative to the folder of the child, which is the same one.
-                        backing = self.layout.layer_name(overlay.parent)
-                        qemu_img.create_overlay(path, backing, overlay.size)
-                    path.chmod(0o600)
-                    durable.sync_file(path)
-                durable.sync_folder(self.layout.layers)
+                durable.sync_folder(folder)
         except BaseException:
             for path in made:
                 path.unlink(missing_ok=True)
             raise
+
+    def place_overlays(self, ids: Iterable[LayerId], folder: Path) -> None:
+        """Move staged overlays among the layers, durably, once their rows are written.
+
+        A QEMU that has them open goes on: it opened nothing by name.
+        """
+        for layer in ids:
+            self.layout.staged(folder, layer).rename(self.layout.layer(layer))
+        durable.sync_folder(self.layout.layers)
 
     def remove_overlays(self, ids: Iterable[LayerId]) -> None:
         """Remove files of layers that never became part of anything."""
@@ -81,13 +88,19 @@ class Store:
             self.layout.layer(layer).unlink(missing_ok=True)
         durable.sync_folder(self.layout.layers)
 
-    def seal(self, ids: Iterable[LayerId]) -> int:
+    def remove_ram(self, ram: str) -> None:
+        """Remove files of saved memory that never became part of anything."""
+        for path in (self.layout.ram_file(ram), self.layout.state_file(ram)):
+            path.unlink(missing_ok=True)
+        durable.sync_folder(self.layout.ram)
+
+    def seal(self, ids: Iterable[LayerId]) -> dict[LayerId, int]:
         """Make layers durable and read-only, once nothing writes them any more.
 
-        :return: bytes that they take on the disk.
+        :return: bytes that each takes on the disk.
         :raise CorruptError: LAYER_MISSING, when a file is not there.
         """
-        total = 0
+        sizes = {}
         for layer in ids:
             path = self.layout.layer(layer)
             if not path.exists():
@@ -96,15 +109,18 @@ class Store:
                 )
             path.chmod(0o400)  # before the fsync, which makes the mode durable too
             durable.sync_file(path)
-            total += durable.allocated_bytes(path)
-        return total
+            sizes[layer] = durable.allocated_bytes(path)
+        return sizes
 
-    def adopt_image_layer(self, source: Path) -> LayerId:
+    def adopt_image_layer(self, source: Path, layer: LayerId | None = None) -> LayerId:
         """Take a standalone qcow2 into the store as a sealed layer; `source` is moved.
 
         `source` must lie on the state folder's file system, as the work folder does.
+
+        :param layer: its id, that of the record which is being made: so a file that a killed daemon
+            left is known to be that record's.
         """
-        layer = LayerId(mint())
+        layer = layer or LayerId(mint())
         source.chmod(0o400)
         durable.sync_file(source)
         source.rename(self.layout.layer(layer))
@@ -169,20 +185,23 @@ class Store:
         """Bytes that layers take on the disk now."""
         return sum(durable.allocated_bytes(self.layout.layer(layer)) for layer in ids)
 
-    def sweep(self, catalog: Catalog) -> int:
+    def sweep(self, catalog: Catalog, *, whole: bool = False) -> int:
         """Remove the layers that nothing needs: tombstone, unlink, fsync, drop the rows.
 
+        :param whole: look at every layer, not only at those that have lost something.
         :return: bytes that came free.
         """
         freed_ram = self._sweep_ram(catalog)
         with catalog.transaction() as tx:
-            doomed = _find_garbage(tx)
+            if whole:
+                garbage.suspect_all(tx)
+            doomed = garbage.take(tx)
             layers.mark_garbage(tx, doomed)
         if not doomed:
             return freed_ram
         hit("sweep.tombstoned")
         freed = self.bytes_of(doomed)
-        for layer in sorted(doomed):
+        for layer in doomed:
             self.layout.layer(layer).unlink(missing_ok=True)
         durable.sync_folder(self.layout.layers)
         hit("sweep.unlinked")
@@ -218,83 +237,53 @@ class Store:
             for ram in ids
         )
 
-    def sweep_strays(self, catalog: Catalog, *, keep: Iterable[Sha256] = ()) -> None:
-        """At start, before anything runs: remove files that no row names, report rows without.
-
-        Safe only while nothing is under way: a file is made before its row is written. What an
-        operation that could not be settled has made stays: a guest may be writing it.
+    def sweep_strays(
+        self,
+        catalog: Catalog,
+        *,
+        explained: Collection[str] = (),
+        keep: Collection[Sha256] = (),
+    ) -> Found:
+        """At start, before anything runs: make files and rows agree, as ``strays.settle`` does.
 
         :param keep: blobs that stay although no record needs them yet.
-        :raise CorruptError: CATALOG_LOST, when there are layers and the catalog is a new one.
         """
-        with catalog.transaction() as tx:
-            known = {
-                self.layout.layer_name(layer.id): layer.state for layer in layers.everything(tx)
-            }
-            spared = {
-                self.layout.layer_name(disk["new"])
-                for operation in operations.unfinished(tx)
-                for disk in operation.payload.get("disks", ())
-            }
-            (store,) = tx.rows("SELECT generation FROM store")
-        found = sum(1 for _ in self.layout.layers.iterdir())
-        if store["generation"] == 0 and found:
-            # Each layer was made for a record. A catalog that never held one is not theirs.
-            raise CorruptError(
-                f"the catalog {self.layout.catalog} is new, but {self.layout.layers} holds {found}"
-                " files: put the catalog that belongs to them back, or move them away",
-                reason="CATALOG_LOST",
-            )
-        for path in self.layout.layers.iterdir():
-            if path.name not in known and path.name not in spared:
-                log.warning("removing stray layer %s", path.name)
-                path.unlink()
-        with catalog.transaction() as tx:
-            saved = set(rams.everything(tx))
-        for path in self.layout.ram.iterdir():
-            if path.stem not in saved:
-                log.warning("removing stray %s", path.name)
-                path.unlink()
-        self.sweep_blobs(catalog, keep)
-        for path in self.layout.work.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        present = {path.name for path in self.layout.layers.iterdir()}
-        for name, state in known.items():
-            if name not in present and state is not LayerState.GARBAGE:
-                log.error("layer %s is in the catalog but its file is gone: data is lost", name)
+        found = strays.settle(self.layout, catalog, explained=explained, keep=keep)
+        self._sweep_firmware()
+        for layer in sorted(found.missing_layers):
+            log.error("layer %s is in the catalog but its file is gone: data is lost", layer)
+        for ram in sorted(found.missing_rams):
+            log.error("saved memory %s is in the catalog but a file of it is gone", ram)
+        return found
 
-    def sweep_blobs(self, catalog: Catalog, keep: Iterable[Sha256]) -> None:
+    def sweep_blobs(
+        self, catalog: Catalog, keep: Iterable[Sha256], *, of_snapshots: Set[str] | None = None
+    ) -> None:
         """Remove the blobs that no record needs and `keep` does not name.
 
         Safe only while no image is being made: a blob is stored before its image's row is.
+
+        :param of_snapshots: what snapshots need, where that is known already.
         """
         with catalog.transaction() as tx:
-            wanted = _needed_blobs(tx) | set(keep)
+            wanted = blobs_of_living(tx) | set(keep)
+            wanted |= blobs_of_snapshots(tx) if of_snapshots is None else of_snapshots
+            # No image keeps these for a snapshot that was taken since those were looked at.
+            wanted |= seeds.of_snapshots(tx)
         for path in self.layout.blobs.iterdir():
             if path.name not in wanted:
                 path.unlink()
+        self._sweep_firmware()
+
+    def drop_seed(self, catalog: Catalog, seed: Sha256) -> None:
+        """Remove a seed unless some record needs it."""
+        with catalog.transaction() as tx:
+            needed = seeds.is_needed(tx, seed)
+        if not needed:
+            self.layout.blob(seed).unlink(missing_ok=True)
+
+    def _sweep_firmware(self) -> None:
         for folder in self.layout.firmware.iterdir():
             # Hard links: one whose blob is gone is the last name of its file.
             if any(path.stat().st_nlink == 1 for path in folder.iterdir()):
                 shutil.rmtree(folder)
-
-
-def _needed_blobs(tx: Transaction) -> set[Sha256]:
-    wanted: set[Sha256] = set()
-    for sandbox in sandboxes.everything(tx):
-        if not sandbox.state.is_over:
-            wanted |= blobs_of(sandbox.machine)
-    for snapshot in snapshots.everything(tx):
-        wanted |= blobs_of(snapshot.machine)
-    for image in images.everything(tx):
-        if image.kernel_boot:
-            wanted |= {image.kernel_boot.kernel, image.kernel_boot.initrd}
-    return wanted
-
-
-def _find_garbage(tx: Transaction) -> set[LayerId]:
-    every = {layer.id: layer.parent for layer in layers.everything(tx)}
-    return gc.garbage(layers.referenced(tx), every)

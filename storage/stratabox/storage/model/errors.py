@@ -10,12 +10,15 @@ StrataboxError
 ├── ConflictError            somebody else was quicker            ABORTED
 ├── NoSpaceError             free something first                 RESOURCE_EXHAUSTED
 ├── UnavailableError         wait, or mend the host               UNAVAILABLE
+├── UnauthenticatedError     show a key that is good              UNAUTHENTICATED
+├── ForbiddenError           use a key with a higher role         PERMISSION_DENIED
+├── RateLimitedError         try again a little later             RESOURCE_EXHAUSTED
 ├── CorruptError             bytes are not what they were         DATA_LOSS
 └── InternalError            a bug; report it                     INTERNAL
 ```
 
 Each carries a stable `reason` (upper snake case, part of the API) and string `metadata`.
-The gRPC codes are given by the one table in ``stratabox.daemon.api.errors``; nothing here knows
+The gRPC codes are given by the one table in ``stratabox.daemon.rpc.errors``; nothing here knows
 gRPC.
 """
 
@@ -54,7 +57,8 @@ class AlreadyExistsError(StrataboxError):
 class InvalidArgumentError(StrataboxError):
     """The request cannot be right, whatever the state of things.
 
-    INVALID_ARGUMENT, INVALID_RESOURCES, INVALID_IMAGE, IDEMPOTENCY_MISMATCH.
+    INVALID_ARGUMENT, INVALID_RESOURCES, INVALID_IMAGE, INVALID_ARCHIVE,
+    IDEMPOTENCY_MISMATCH, INVALID_USER_DATA.
     """
 
     default_reason = "INVALID_ARGUMENT"
@@ -64,7 +68,8 @@ class DeniedError(StrataboxError):
     """Not in this state of things.
 
     INVALID_STATE, IMAGE_IN_USE, SNAPSHOT_NOT_READY, AMBIGUOUS_NAME, STATE_DIR_IN_USE,
-    TOOL_MISSING, KVM_UNUSABLE, IMAGE_NOT_READY, NOT_ITS_SNAPSHOT, CATALOG_TOO_NEW.
+    TOOL_MISSING, KVM_UNUSABLE, IMAGE_NOT_READY, NOT_ITS_SNAPSHOT, CATALOG_TOO_NEW,
+    MISSING_BASE, TRUST_REQUIRED, NO_CLOUD_INIT.
     """
 
     default_reason = "INVALID_STATE"
@@ -73,20 +78,27 @@ class DeniedError(StrataboxError):
 class FailedError(StrataboxError):
     """It was tried, it failed, and what was begun was undone.
 
-    SNAPSHOT_FAILED, IMAGE_BUILD_FAILED, QEMU_FAILED, GUEST_ENDED, AGENT_FAILED, HOST_DISK_FAILED.
+    SNAPSHOT_FAILED, IMAGE_BUILD_FAILED, QEMU_FAILED, GUEST_ENDED, AGENT_FAILED, HOST_DISK_FAILED,
+    CLOUD_INIT_FAILED, LIBVIRT_REFUSED.
     """
 
     default_reason = "FAILED"
 
 
 class ConflictError(StrataboxError):
-    """Overtaken by another request. INTERRUPTED (the sandbox was ended meanwhile)."""
+    """Overtaken by another request.
+
+    INTERRUPTED (the sandbox was ended meanwhile), RESUME_MISMATCH (what is exported has changed).
+    """
 
     default_reason = "CONFLICT"
 
 
 class NoSpaceError(StrataboxError):
-    """No room on the host. NO_SPACE, UIDS_EXHAUSTED."""
+    """No room on the host.
+
+    NO_SPACE, UIDS_EXHAUSTED, ADMISSION_REFUSED, BUDGET_EXCEEDED, STORE_NEARLY_FULL, QUOTA_EXCEEDED.
+    """
 
     default_reason = "NO_SPACE"
 
@@ -95,6 +107,50 @@ class UnavailableError(StrataboxError):
     """Something does not answer. AGENT_UNAVAILABLE, MONITOR_UNAVAILABLE, LIBVIRT_UNAVAILABLE."""
 
     default_reason = "UNAVAILABLE"
+
+
+class UnauthenticatedError(StrataboxError):
+    """Nobody knows who is calling.
+
+    NO_KEY, INVALID_KEY (malformed, unknown, wrong, revoked: not told apart), KEY_EXPIRED (to its
+    holder alone).
+
+    :param why: for the audit log alone, never for the caller.
+    """
+
+    default_reason = "INVALID_KEY"
+
+    def __init__(
+        self, message: str, *, reason: str | None = None, why: str = "", **metadata: object
+    ) -> None:
+        super().__init__(message, reason=reason, **metadata)
+        self.why = why
+
+
+class ForbiddenError(StrataboxError):
+    """Whoever is calling may not do this. FORBIDDEN."""
+
+    default_reason = "FORBIDDEN"
+
+
+class RateLimitedError(StrataboxError):
+    """Too much at once for one key. RATE_LIMITED, TOO_MANY_CALLS.
+
+    :param retry_after: seconds after which it is worth another try.
+    """
+
+    default_reason = "RATE_LIMITED"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        retry_after: float | None = None,
+        **metadata: object,
+    ) -> None:
+        super().__init__(message, reason=reason, **metadata)
+        self.retry_after = retry_after
 
 
 class CorruptError(StrataboxError):

@@ -5,7 +5,8 @@ itself. **sandbox**: one guest and its record. **domain**: the running thing (QE
 sandbox. **layer**: one qcow2 file of a backing chain, *active* (an overlay that one domain writes)
 or *sealed* (immutable). **chain**: layers from an overlay down to the image. **snapshot**: a
 sealed layer for each disk, and the sandbox's configuration, at one instant. **blob**: a file kept
-by its SHA-256 (kernel, initrd, firmware).
+by its SHA-256 (kernel, initrd, firmware). **workspace**: a tenant; `workspace` names whose a thing
+is (``model.workspaces``).
 
 Times are aware datetimes in UTC. Sizes are bytes, but for `memory` (MiB) and `storage` (GiB),
 which are kept in the unit that callers give them in.
@@ -14,17 +15,34 @@ which are kept in the unit that callers give them in.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
-from stratabox.storage.model.ids import ImageId, LayerId, SandboxId, Sha256, SnapshotId
+from stratabox.storage.model.ids import (
+    ImageId,
+    JobId,
+    LayerId,
+    SandboxId,
+    Sha256,
+    SnapshotId,
+    VolumeId,
+    VolumeSnapshotId,
+)
+from stratabox.storage.model.network import NO_NETWORK, Network
+from stratabox.storage.model.probes import Probe
 from stratabox.storage.model.states import (
+    AttachmentState,
     Boot,
+    Identity,
     ImageState,
+    JobKind,
+    JobState,
     LayerState,
     Level,
     SandboxState,
     SnapshotState,
+    TimeoutAction,
+    VolumeState,
 )
 
 MIB = 1 << 20
@@ -42,6 +60,17 @@ class Layer:
     """Virtual size, bytes."""
     created_at: datetime
     sealed_at: datetime | None = None
+    backing: LayerId | None = None
+    """What its header names: its first parent. A hint; `parent` rules and can become another."""
+    bytes: int = 0
+    """On the host's disk; 0 while it is active."""
+    compressed: bool = False
+    sha256: Sha256 | None = None
+    """Of a sealed layer's file, once somebody has asked for it."""
+    content: Sha256 | None = None
+    """Of the clusters that a sealed layer holds, once it was exported or imported."""
+    reads_as: Sha256 | None = None
+    """Of all that is read through it, likewise. Equal: the same disk; different: who knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +96,8 @@ class Image:
     size: int = 0
     """Virtual size, bytes."""
     kernel_boot: KernelBoot | None = None
+    cloud_init: bool = False
+    """Its guests run cloud-init, and set themselves up by a seed at their first boot."""
     generation: int = 0
 
     @property
@@ -94,6 +125,26 @@ class Machine:
     """File name as QEMU asks for it ("bios-256k.bin") → blob."""
     mac: str
     kernel_boot: KernelBoot | None = None
+    volumes: bool = False
+    """It has a bus for volumes; machines of before there were any have none."""
+    channel: bool = False
+    """It has ports for the channel to its sshd; machines of before there were any have none."""
+    channel_port: int = 0
+    """Which of the two its channel goes by first, 0 or 1; nothing that a guest can see.
+
+    What goes on from saved memory takes the other: there nobody has begun to speak yet.
+    """
+    exec_port: bool = False
+    """It has the port that commands go by while there is no channel; older ones have none."""
+    uplink: bool = False
+    """Its card can be connected; machines of before there was egress have QEMU's closed network."""
+    seed: Sha256 | None = None
+    """The disk by which cloud-init sets its guest up; where there is one, it stays."""
+
+    def up_to_date(self) -> Machine:
+        """The same with all that a guest that boots can be given; one that goes on from saved
+        memory has what it had."""
+        return replace(self, volumes=True, channel=True, exec_port=True, uplink=True)
 
     @property
     def firmware_sha256(self) -> Sha256:
@@ -114,10 +165,112 @@ class Disk:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mount:
+    """A volume and where a guest has it, without saying that it is there now."""
+
+    volume: VolumeId
+    volume_name: str
+    path: str
+    """Absolute, in the guest."""
+    read_only: bool
+    slot: int
+    """Its number on the sandbox's bus of volumes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attachment(Mount):
+    """A volume's place in a sandbox: its claim, whether the sandbox runs or not."""
+
+    sandbox: SandboxId
+    state: AttachmentState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Volume:
+    """A disk with a life of its own. `layer` is None until its bytes are in the store."""
+
+    id: VolumeId
+    workspace: str
+    name: str
+    state: VolumeState
+    size: int
+    """Virtual size, bytes."""
+    created_at: datetime
+    updated_at: datetime
+    layer: LayerId | None = None
+    filesystem: int = 0
+    """What its file system was last grown to, bytes: less than `size` until the next mount."""
+    clean: bool = True
+    """Its file system needs no recovery: nobody writes it, and the last one let go in order."""
+    source: str | None = None
+    """Id of the volume or volume snapshot that it was made from."""
+    reason: str = ""
+    """What is wrong with it, where something is."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    attachments: tuple[Attachment, ...] = ()
+    generation: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeSnapshot:
+    """What a volume was at one instant."""
+
+    id: VolumeSnapshotId
+    workspace: str
+    name: str
+    volume: VolumeId
+    volume_name: str
+    layer: LayerId
+    size: int
+    """Virtual size, bytes."""
+    filesystem: int = 0
+    """As a volume's."""
+    consistency: Level
+    created_at: datetime
+    generation: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A layer that is written anew in the background: what `layer` and those below it, down to
+    and without `base`, hold together becomes `target`, which takes the place of `layer`.
+    """
+
+    id: JobId
+    kind: JobKind
+    state: JobState
+    layer: LayerId
+    base: LayerId | None
+    """None: it stands on nothing."""
+    target: LayerId
+    created_at: datetime
+    done_bytes: int = 0
+    total_bytes: int = 0
+    """0: not known yet."""
+    reason: str = ""
+    """Why it failed, was cancelled, or is where it is; for people."""
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    ended_generation: int = 0
+    """The store's when it ended: what has changed since has a higher one, or the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When snapshots of a sandbox are taken by themselves."""
+
+    every: timedelta
+    level: Level | None
+    """None: as for a snapshot by hand."""
+    next_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sandbox:
     """One guest and its record."""
 
     id: SandboxId
+    workspace: str
     name: str
     state: SandboxState
     image: ImageId
@@ -147,10 +300,39 @@ class Sandbox:
     """RAM file that the running process was started from; None: it booted."""
     ram_since: str | None = None
     """RAM file of its last save, while it is known that no written page was missed since."""
+    ram_parked: str | None = None
+    """RAM file that holds its memory while it is paused to disk."""
+    identity_due: Identity | None = None
+    """It goes on from saved memory, and its guest was not told yet who it is and what time."""
+    expires_at: datetime | None = None
+    """When `on_timeout` is done to it; None: never."""
+    on_timeout: TimeoutAction = TimeoutAction.TERMINATE
+    keep_last: int = 0
+    """How many of its snapshots are kept; 0: all."""
+    schedule: Schedule | None = None
+    volumes: tuple[Attachment, ...] = ()
+    """By their slots. They have rows of their own: `change` leaves them alone."""
+    left_behind: tuple[Mount, ...] = ()
+    """Volumes that its source had and that it did not get."""
+    probe: Probe | None = None
+    """What must pass before it is ready; None: its agent's answer is enough."""
+    network: Network = NO_NETWORK
+    """What it may reach."""
     started_at: datetime | None = None
     ready_at: datetime | None = None
     terminated_at: datetime | None = None
     generation: int = 0
+
+    @property
+    def has_process(self) -> bool:
+        """A QEMU belongs to it."""
+        return self.state.has_process and self.ram_parked is None
+
+    @property
+    def answers(self) -> bool:
+        """Its agent has answered since its start; its probe may not have passed yet."""
+        tried = self.probe is not None and self.has_process and self.ready_at is not None
+        return self.ready or tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +342,7 @@ class SavedRam:
     parent: str | None
     """Id of the RAM file that this one only adds to; None: it stands alone."""
     own_bytes: int
-    """Bytes of pages in its own file."""
+    """Bytes that the pages of its own file take on the host's disk."""
     state_sha256: Sha256
     tracking: str
     """How written pages were told: "written", "soft_dirty" or "none"."""
@@ -168,6 +350,8 @@ class SavedRam:
     """How long the guest stood still."""
     cpu_features: tuple[str, ...]
     """QEMU's names of all that the guest's CPU had."""
+    bytes: int = 0
+    """What both of its files take on the host's disk; 0: not looked at yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +359,7 @@ class Snapshot:
     """What a sandbox was at one instant."""
 
     id: SnapshotId
+    workspace: str
     name: str
     state: SnapshotState
     requested_level: Level | None
@@ -206,6 +391,12 @@ class Snapshot:
     parent: SnapshotId | None = None
     ram: SavedRam | None = None
     """For the level memory."""
+    volumes: tuple[Mount, ...] = ()
+    """What its sandbox had at that instant; no part of it."""
+    probe: Probe | None = None
+    """Its sandbox's."""
+    network: Network | None = None
+    """Its sandbox's; None: nobody knows."""
     generation: int = 0
 
     @property

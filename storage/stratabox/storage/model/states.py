@@ -2,7 +2,8 @@
 
 ```
 sandbox    CREATING → RUNNING ⇄ PAUSED        snapshot   CREATING → READY → DELETING
-              │          ⇅        │                         └→ FAILED ──┘
+              │          ⇅        │                         │     ⇅       │
+              │          │        │                         └→ FAILED ────┘
               │       STOPPED ←───┘
               └→ FAILED (from anywhere alive) → RUNNING      image      CREATING → READY → DELETING
            any → TERMINATING → TERMINATED
@@ -30,7 +31,7 @@ class SandboxState(StrEnum):
 
     @property
     def has_process(self) -> bool:
-        """A QEMU belongs to it."""
+        """A QEMU belongs to it, unless it is paused to disk (`Sandbox.has_process`)."""
         return self in (SandboxState.RUNNING, SandboxState.PAUSED)
 
     @property
@@ -76,6 +77,70 @@ class Level(StrEnum):
     MEMORY = "memory"
 
 
+class Identity(StrEnum):
+    """Who a guest that goes on from saved memory is."""
+
+    KEEP = "keep"
+    """Who it was."""
+    RENEW = "renew"
+    """Somebody new: host name, machine-id, SSH host keys, MAC address."""
+
+
+class TimeoutAction(StrEnum):
+    """What is done to a sandbox whose time is up."""
+
+    TERMINATE = "terminate"
+    PAUSE = "pause"
+    """To disk."""
+    SNAPSHOT = "snapshot"
+    """A snapshot is taken, and then it is terminated."""
+
+
+class VolumeState(StrEnum):
+    """Where a volume is in its life."""
+
+    CREATING = "creating"
+    READY = "ready"
+    DELETING = "deleting"
+
+
+class AttachmentState(StrEnum):
+    """Where an attachment of a volume is in its life."""
+
+    ATTACHING = "attaching"
+    ATTACHED = "attached"
+    """Mounted in the guest, or claimed by a sandbox that does not run."""
+    DETACHING = "detaching"
+
+
+class JobKind(StrEnum):
+    """Why a layer is written anew."""
+
+    MERGE = "merge"
+    """Layers below it are needed by nothing else: they go with it into one."""
+    FLATTEN = "flatten"
+    """It stands too high: it is put down onto the lowest layer of its chain."""
+    COMPACT = "compact"
+    """By request: its data is compressed."""
+
+
+class JobState(StrEnum):
+    """Where a job in the background is in its life."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    """By request."""
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more comes of it."""
+        return self in (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
+
+
 class Boot(StrEnum):
     """How a guest boots: kernel and initrd given by QEMU, or by itself from its disk."""
 
@@ -85,7 +150,9 @@ class Boot(StrEnum):
 
 _SANDBOX = SandboxState
 NEXT_SANDBOX: dict[SandboxState, frozenset[SandboxState]] = {
-    _SANDBOX.CREATING: frozenset({_SANDBOX.RUNNING, _SANDBOX.FAILED, _SANDBOX.TERMINATING}),
+    _SANDBOX.CREATING: frozenset(
+        {_SANDBOX.RUNNING, _SANDBOX.PAUSED, _SANDBOX.FAILED, _SANDBOX.TERMINATING}
+    ),
     _SANDBOX.RUNNING: frozenset(
         {_SANDBOX.PAUSED, _SANDBOX.STOPPED, _SANDBOX.FAILED, _SANDBOX.TERMINATING}
     ),
@@ -100,8 +167,9 @@ NEXT_SANDBOX: dict[SandboxState, frozenset[SandboxState]] = {
 
 NEXT_SNAPSHOT: dict[SnapshotState, frozenset[SnapshotState]] = {
     SnapshotState.CREATING: frozenset({SnapshotState.READY, SnapshotState.FAILED}),
-    SnapshotState.READY: frozenset({SnapshotState.DELETING}),
-    SnapshotState.FAILED: frozenset({SnapshotState.DELETING}),
+    # Lost, when a file of it is gone; found again, when that was put back.
+    SnapshotState.READY: frozenset({SnapshotState.DELETING, SnapshotState.FAILED}),
+    SnapshotState.FAILED: frozenset({SnapshotState.DELETING, SnapshotState.READY}),
     SnapshotState.DELETING: frozenset(),
 }
 
@@ -111,7 +179,13 @@ NEXT_IMAGE: dict[ImageState, frozenset[ImageState]] = {
     ImageState.DELETING: frozenset(),
 }
 
-_State = TypeVar("_State", SandboxState, SnapshotState, ImageState)
+NEXT_VOLUME: dict[VolumeState, frozenset[VolumeState]] = {
+    VolumeState.CREATING: frozenset({VolumeState.READY, VolumeState.DELETING}),
+    VolumeState.READY: frozenset({VolumeState.DELETING}),
+    VolumeState.DELETING: frozenset(),
+}
+
+_State = TypeVar("_State", SandboxState, SnapshotState, ImageState, VolumeState)
 
 
 def check_step(table: dict[_State, frozenset[_State]], old: _State, new: _State) -> None:

@@ -20,12 +20,12 @@ MAX_VIRTUAL_SIZE = 64 << 40
 MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 
-_FIXED_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
-_FIXED_V3 = struct.Struct(">QQQII")
+FIXED_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
+FIXED_V3 = struct.Struct(">QQQII")
 _EXTENSION = struct.Struct(">II")
 
 _EXT_END = 0
-_EXT_BACKING_FORMAT = 0xE2792ACA
+EXT_BACKING_FORMAT = 0xE2792ACA
 _EXT_FEATURE_NAMES = 0x6803F857
 _EXT_BITMAPS = 0x23852875
 _EXT_ENCRYPTION = 0x0537BE77
@@ -37,6 +37,9 @@ INCOMPATIBLE_DATA_FILE = 1 << 2
 INCOMPATIBLE_COMPRESSION = 1 << 3
 INCOMPATIBLE_EXTENDED_L2 = 1 << 4
 _KNOWN_INCOMPATIBLE = 0b11111
+
+DEFLATE, ZSTD = 0, 1
+"""Compressions of clusters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +64,7 @@ class Header:
     compatible: int = 0
     autoclear: int = 0
     refcount_order: int = 4
-    length: int = _FIXED_V2.size
+    length: int = FIXED_V2.size
     compression: int = 0
     """0: deflate, 1: zstd."""
     extensions: tuple[tuple[int, bytes], ...] = ()
@@ -92,9 +95,9 @@ def parse(head: bytes) -> Header:
     """
     if head[:4] != MAGIC:
         raise _invalid("it does not start with qcow2's magic number")
-    if len(head) < _FIXED_V2.size:
+    if len(head) < FIXED_V2.size:
         raise _invalid("the file ends within its header")
-    fixed = _FIXED_V2.unpack_from(head)
+    fixed = FIXED_V2.unpack_from(head)
     _, version, backing_offset, backing_size, cluster_bits, size, encryption = fixed[:7]
     l1_entries, l1_offset, refcount_offset, refcount_clusters, snapshots, _ = fixed[7:]
     if version not in (2, 3):
@@ -102,16 +105,16 @@ def parse(head: bytes) -> Header:
     if not 9 <= cluster_bits <= 21:
         raise _invalid(f"cluster bits are {cluster_bits} (9 to 21 can be)")
     incompatible = compatible = autoclear = compression = 0
-    refcount_order, length = 4, _FIXED_V2.size
+    refcount_order, length = 4, FIXED_V2.size
     if version == 3:
-        if len(head) < _FIXED_V2.size + _FIXED_V3.size:
+        if len(head) < FIXED_V2.size + FIXED_V3.size:
             raise _invalid("the file ends within its header")
-        incompatible, compatible, autoclear, refcount_order, length = _FIXED_V3.unpack_from(
-            head, _FIXED_V2.size
+        incompatible, compatible, autoclear, refcount_order, length = FIXED_V3.unpack_from(
+            head, FIXED_V2.size
         )
         if refcount_order > 6:
             raise _invalid(f"refcount order is {refcount_order} (6 at most)")
-        if length < _FIXED_V2.size + _FIXED_V3.size or length % 8 or length > 1 << cluster_bits:
+        if length < FIXED_V2.size + FIXED_V3.size or length % 8 or length > 1 << cluster_bits:
             raise _invalid(f"header length is {length}")
         if length > len(head):
             raise _invalid("the file ends within its header")

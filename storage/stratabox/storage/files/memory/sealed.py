@@ -14,33 +14,69 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stratabox.storage.files import durable
-from stratabox.storage.files.memory.chain import OpenChain, resolve
-from stratabox.storage.files.memory.format import PAGE, RamFile
+from stratabox.storage.files.memory import packing
+from stratabox.storage.files.memory.chain import OpenChain, Part, parts_of, resolve
+from stratabox.storage.files.memory.format import PAGE
 from stratabox.storage.model.errors import CorruptError
 from stratabox.storage.model.ids import Sha256
 
 STATE_BYTES = 64 << 20
 """A devices' state above this is not one: they have some hundred KB."""
 
+_PORTION = 8
+"""Chunks that a thread takes at a time."""
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
-def assemble(chain: Sequence[RamFile]) -> int:
+def assemble(chain: OpenChain, *, verify: bool = False) -> int:
     """The RAM that a chain describes, as a sealed memfd with holes where it is zeros.
 
+    :param verify: read all that the files hold, also what newer ones replace, and compare it with
+        their sums. Without it only packed chunks are compared, with their own checksums.
     :return: its descriptor, which the caller closes.
-    :raise CorruptError: RAM_CORRUPT, when a file became shorter.
+    :raise CorruptError: RAM_CORRUPT, when a file is not what was written.
     :raise OSError: ENOMEM, ENOSPC, when the host's memory does not hold it.
     """
+    parts: dict[tuple[int, int], list[Part]] = {}
+    for piece in resolve(chain.files):
+        if piece.file >= 0:
+            for part in parts_of(piece, chain.files[piece.file]):
+                parts.setdefault((part.file, part.chunk), []).append(part)
+    if verify:
+        for index, file in enumerate(chain.files):
+            for chunk in range(len(file.stored)):
+                parts.setdefault((index, chunk), [])
     descriptor = os.memfd_create("stratabox-ram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+
+    def put(portion: Sequence[tuple[int, int]]) -> None:
+        for key in portion:
+            if not verify and put_alone(parts[key]):
+                continue
+            with memoryview(chain.read(*key, verify=verify)) as pages:
+                for part in parts[key]:
+                    end = part.offset + part.count * PAGE
+                    _pwrite_all(descriptor, pages[part.offset : end], part.first * PAGE)
+
+    def put_alone(some: Sequence[Part]) -> bool:
+        """Of old files little may be left: read no more than that, where it is not packed."""
+        for part in some:
+            data = chain.read_part(part)
+            if data is None:
+                return False
+            _pwrite_all(descriptor, memoryview(data), part.first * PAGE)
+        return True
+
     try:
-        os.ftruncate(descriptor, chain[0].ram_bytes)
-        with OpenChain(chain) as files:
-            for piece in resolve(chain):
-                if piece.file < 0:
-                    continue
-                for first, data in files.read(piece):
-                    _pwrite_all(descriptor, data, first * PAGE)
+        os.ftruncate(descriptor, chain.files[0].ram_bytes)
+        order = sorted(parts)
+        portions = [order[at : at + _PORTION] for at in range(0, len(order), _PORTION)]
+        with packing.threads("assemble") as pool:
+            try:
+                for _ in pool.map(put, portions):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
         os.close(descriptor)
