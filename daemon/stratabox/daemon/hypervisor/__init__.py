@@ -11,13 +11,14 @@ What belongs where:
 | `launch_files` | opens what a domain is started with, and numbers the descriptors |
 | `process`, `sockets` | processes found again and watched; Unix sockets in deep folders |
 | `qemu` | launcher: QEMU as a child process |
-| `libvirt`, `domain_xml` | launcher: QEMU as a libvirt domain; pure: spec → XML |
+| `launching` | what both launchers share: domains found as processes, and their first greeting |
+| `libvirt` | launcher: QEMU as a libvirt domain |
 | `qmp` | one QMP connection; the only importer of qemu.qmp |
 | `monitor`, `events` | a connection that comes back; what QEMU tells by itself |
 | `block`, `domain` | overlays and the block graph; control of one running domain |
+| `volumes` | volumes plugged into a running domain, grown and unplugged |
 | `memory` | RAM and devices of a running domain saved, and mapped again |
-| `agent_channel`, `agent` | the wire to the guest's agent; what it is asked |
-| `exec` | commands in the guest, run through the agent |
+| `guest` | what goes on inside a guest, through its agent |
 
 Nothing here imports gRPC, the catalog, lifecycle or api; only `libvirt` imports libvirt.
 """

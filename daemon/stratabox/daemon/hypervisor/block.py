@@ -12,8 +12,10 @@ one away: from then on this QEMU can't write the layer, whatever its guest makes
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 from stratabox.daemon.hypervisor.command_line import layer_node
@@ -33,6 +35,7 @@ BLOCK_SECONDS = 120.0
 """Time-out of commands that write to disk: a flush can take long on a slow host."""
 
 _DEVICE = re.compile(r"disk(\d+)")
+_DRIVE = re.compile(r"(?:disk|vol)\d+")
 
 
 class BlockGraph:
@@ -55,6 +58,20 @@ class BlockGraph:
                 active[int(match[1])] = str(await self._ask("qom-get", where))
         return active
 
+    async def _written(self) -> set[str]:
+        """Nodes that the guest's disks and volumes begin with."""
+        children = await self._ask("qom-list", {"path": "/machine/peripheral"})
+        names = [str(child.get("name")) for child in _mappings(children)]
+        return {
+            str(
+                await self._ask(
+                    "qom-get", {"path": f"/machine/peripheral/{name}", "property": "drive"}
+                )
+            )
+            for name in names
+            if _DRIVE.fullmatch(name)
+        }
+
     async def nodes(self) -> dict[str, bool]:
         """Every node of the block graph → whether it is read-only.
 
@@ -74,7 +91,7 @@ class BlockGraph:
         """
         try:
             for overlay in overlays:
-                await self._prepare(overlay)
+                await self._add(await self._give(overlay))
         except StrataboxError as error:
             if not isinstance(error, UnavailableError):
                 await self.drop(overlays)
@@ -95,16 +112,45 @@ class BlockGraph:
             {"type": "blockdev-snapshot", "data": {"node": old.node, "overlay": new.node}}
             for old, new in pairs
         ]
+        switching = asyncio.create_task(
+            self._monitor.execute("transaction", {"actions": actions}, seconds=BLOCK_SECONDS)
+        )
+        # Sent behind it at once: QEMU does one after the other, so this tells of the time after.
+        looking = asyncio.create_task(self._look())
         try:
-            await self._monitor.execute("transaction", {"actions": actions}, seconds=BLOCK_SECONDS)
+            await switching
+            nodes, labels = await looking
         except ReplyLostError as lost:
             await self._monitor.settle(lost, BLOCK_SECONDS)
-            active = set((await self.active_layers()).values())
+            active = await self._written()
             if not active >= {new.node for _, new in pairs}:
                 raise FailedError(
                     "QEMU did not switch to the new overlays.", reason="QEMU_FAILED"
                 ) from lost
-        await self._confirm_sealed([old for old, _ in pairs])
+            nodes, labels = await self._look()
+        finally:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+        await self._confirm_sealed([old for old, _ in pairs], nodes, labels)
+
+    async def prepare_and_switch(self, pairs: Sequence[tuple[ChainLayer, ChainLayer]]) -> float:
+        """`prepare` the new overlays and `switch` to them, without waiting in between.
+
+        :return: seconds for which the guest's writes have stalled at most. That the overlays were
+            made known is in it: how far QEMU was when its replies were read nobody knows.
+        :raise StrataboxError: as these two do; `drop` the overlays where nothing was switched.
+        """
+        nodes = [await self._give(new) for _, new in pairs]
+        begun = time.monotonic()
+        adding = [asyncio.create_task(self._add(node)) for node in nodes]
+        # Sent behind them at once: where QEMU has refused one of them, it refuses the switch.
+        switching = asyncio.create_task(self.switch(pairs))
+        try:
+            await asyncio.gather(*adding)
+            await switching
+        finally:
+            await asyncio.gather(*adding, switching, return_exceptions=True)
+        return time.monotonic() - begun
 
     async def drop(self, overlays: Sequence[ChainLayer]) -> None:
         """Take back prepared overlays that were not switched to. Idempotent.
@@ -117,24 +163,30 @@ class BlockGraph:
             if overlay.node in nodes:
                 await self._delete(overlay)
         await self._remove_descriptors(
-            {opaque(mode, overlay) for overlay in overlays for mode in (WRITE, READ)}
+            {opaque(mode, overlay) for overlay in overlays for mode in (WRITE, READ)},
+            await self._labels(),
         )
 
     async def tidy(self) -> None:
-        """Take away writing descriptors of layers that are not active any more.
+        """Take away writing descriptors of layers that are not active any more, and all of those
+        that are not there any more.
 
-        QEMU closes descriptors only while the guest runs, so a switch under a paused guest leaves
-        them open until this is called after `cont`. Cheap where there is nothing to do.
+        QEMU closes descriptors only while the guest runs, so what is done under a paused guest
+        leaves them open until this is called after `cont`. Cheap where there is nothing to do.
 
         :raise UnavailableError: MONITOR_UNAVAILABLE.
         """
-        writing = {label for label in await self._labels() if label.startswith(f"{WRITE}:")}
-        if not writing:
-            return
-        nodes = await self.nodes()
+        nodes, labels = await self._look()
         await self._remove_descriptors(
-            {label for label in writing if nodes.get(label.partition(":")[2], True)}
+            [label for label in labels if _is_over(label, nodes)], labels
         )
+
+    async def forget(self, labels: Iterable[str]) -> None:
+        """Take away the descriptors with these labels; those that are not there are passed over.
+
+        :raise UnavailableError: MONITOR_UNAVAILABLE.
+        """
+        await self._remove_descriptors(labels, await self._labels())
 
     async def flush(self) -> None:
         """Write everything that QEMU holds for its disks to the host's disk.
@@ -143,34 +195,35 @@ class BlockGraph:
         :raise UnavailableError: MONITOR_UNAVAILABLE.
         """
         for node in (await self.active_layers()).values():
-            answer = await self._monitor.execute(
-                "human-monitor-command",
-                {"command-line": f"qemu-io {node} flush"},
-                repeatable=True,
-                seconds=BLOCK_SECONDS,
-            )
-            if answer:  # this command knows no errors, only text
-                raise FailedError(f"A disk cannot be flushed: {answer}", reason="QEMU_FAILED")
+            await flush_node(self._monitor, node)
 
-    async def _prepare(self, overlay: ChainLayer) -> None:
+    async def _give(self, overlay: ChainLayer) -> dict[str, object]:
+        """Hand over an overlay's descriptors; the node that they are for."""
         number: int | None = None
-        for mode, flags in ((WRITE, os.O_RDWR), (READ, os.O_RDONLY)):
-            descriptor = await asyncio.to_thread(_open, overlay, flags)
-            try:
+        with contextlib.ExitStack() as opened:
+            for mode, descriptor in await asyncio.to_thread(_open_both, overlay, opened):
                 label = opaque(mode, overlay)
                 number = await self._monitor.add_descriptor(descriptor, label, number)
-            finally:
-                os.close(descriptor)
-        node = layer_node(overlay, f"/dev/fdset/{number}", read_only=False, backing=None)
+        return layer_node(overlay, f"/dev/fdset/{number}", read_only=False, backing=None)
+
+    async def _add(self, node: Mapping[str, object]) -> None:
         await self._monitor.execute("blockdev-add", node, seconds=BLOCK_SECONDS)
 
-    async def _confirm_sealed(self, layers: Sequence[ChainLayer]) -> None:
-        nodes = await self.nodes()
+    async def _look(self) -> tuple[dict[str, bool], dict[str, tuple[int, int]]]:
+        """All `nodes`, and all descriptors as `_labels` has them."""
+        return await asyncio.gather(self.nodes(), self._labels())
+
+    async def _confirm_sealed(
+        self,
+        layers: Sequence[ChainLayer],
+        nodes: Mapping[str, bool],
+        labels: Mapping[str, tuple[int, int]],
+    ) -> None:
         for layer in layers:
             if not (nodes.get(layer.node) and nodes.get(layer.file_node)):
                 # The switch itself ignores a failed reopen.
                 raise InternalError(f"QEMU kept layer {layer.id} writable under its new overlay")
-        await self._remove_descriptors({opaque(WRITE, layer) for layer in layers})
+        await self._remove_descriptors({opaque(WRITE, layer) for layer in layers}, labels)
 
     async def _delete(self, overlay: ChainLayer) -> None:
         try:
@@ -189,15 +242,47 @@ class BlockGraph:
                 labels[str(descriptor.get("opaque"))] = place
         return labels
 
-    async def _remove_descriptors(self, labels: Iterable[str]) -> None:
-        present = await self._labels()
+    async def _remove_descriptors(
+        self, labels: Iterable[str], present: Mapping[str, tuple[int, int]]
+    ) -> None:
         for label in labels:
             if label in present:
                 number, descriptor = present[label]
-                await self._monitor.execute("remove-fd", {"fdset-id": number, "fd": descriptor})
+                try:
+                    await self._monitor.execute("remove-fd", {"fdset-id": number, "fd": descriptor})
+                except FailedError:
+                    # One that was removed under a paused guest went with its set's first now.
+                    if label in await self._labels():
+                        raise
 
     async def _ask(self, command: str, arguments: Mapping[str, object] | None = None) -> object:
         return await self._monitor.execute(command, arguments, repeatable=True)
+
+
+async def flush_node(monitor: Monitor, node: str) -> None:
+    """Write everything that QEMU holds for a node to the host's disk.
+
+    :raise FailedError: QEMU_FAILED, when the host's disk refuses.
+    :raise UnavailableError: MONITOR_UNAVAILABLE.
+    """
+    answer = await monitor.execute(
+        "human-monitor-command",
+        {"command-line": f"qemu-io {node} flush"},
+        repeatable=True,
+        seconds=BLOCK_SECONDS,
+    )
+    if answer:  # this command knows no errors, only text
+        raise FailedError(f"A disk cannot be flushed: {answer}", reason="QEMU_FAILED")
+
+
+def _open_both(layer: ChainLayer, opened: contextlib.ExitStack) -> list[tuple[str, int]]:
+    """A layer's descriptors by their modes; `opened` closes them."""
+    descriptors = []
+    for mode, flags in ((WRITE, os.O_RDWR), (READ, os.O_RDONLY)):
+        descriptor = _open(layer, flags)
+        opened.callback(os.close, descriptor)
+        descriptors.append((mode, descriptor))
+    return descriptors
 
 
 def _open(layer: ChainLayer, flags: int) -> int:
@@ -211,6 +296,12 @@ def _open(layer: ChainLayer, flags: int) -> int:
         raise FailedError(
             f"{layer.path} cannot be opened: {error.strerror}.", reason="QEMU_FAILED"
         ) from error
+
+
+def _is_over(label: str, nodes: Mapping[str, bool]) -> bool:
+    """Whether a layer's descriptor has served; `nodes` are as ``BlockGraph.nodes`` has them."""
+    mode, _, node = label.partition(":")
+    return (mode == WRITE and nodes.get(node, True)) or (mode == READ and node not in nodes)
 
 
 def _mappings(value: object) -> list[Mapping[str, object]]:

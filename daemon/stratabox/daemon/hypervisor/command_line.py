@@ -4,9 +4,13 @@ All that a guest can see (addresses, serials, ids) is spelled out, because a lat
 it the same machine; QEMU's own choices may change with its version. PCI bus of every guest:
 
 ```
-00.0 host bridge   02.0 random numbers   03.0 virtio-serial (agent)   04.0 network card
-05.0 panic         08.0+N disk N         1f.x ICH9
+00.0 host bridge   02.0 random numbers   03.0 virtio-serial (4 ports)    04.0 network card
+05.0 panic         06.0 volumes (SCSI)   08.0+N disk N               18.0 seed
+1f.x ICH9
 ```
+
+Volumes come and go while a guest runs, which the root bus does not know; so they have a bus of
+their own, where volume N is target N.
 
 Options whose values are not fixed words are passed as JSON, so that no text can break out of its
 value. Files are named by a `Files` that the launcher gives.
@@ -15,19 +19,20 @@ value. Files are named by a `Files` that the launcher gives.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from stratabox.daemon.hypervisor.events import AGENT_PORT
-from stratabox.daemon.hypervisor.machine import ChainLayer, DomainDisk, DomainSpec
+from stratabox.daemon.hypervisor.events import AGENT_PORT, CHANNEL_PORTS, EXEC_PORT
+from stratabox.daemon.hypervisor.machine import ChainLayer, DomainDisk, DomainSpec, DomainVolume
 from stratabox.storage.model.errors import InvalidArgumentError
 
 MAX_DISKS = 16
+MAX_VOLUMES = 16
+VOLUMES_SLOT = 6
+"""PCI slot of the bus of volumes."""
 HUGE_PAGE = 2 << 20
 """RAM begins at a multiple of it, so that the kernel can use huge pages."""
-SERIAL_BYTES = 65536
-"""The serial console's ring buffer: older output is forgotten."""
 
 MACHINE_PROPERTIES = ",".join(
     [
@@ -44,9 +49,17 @@ MACHINE_PROPERTIES = ",".join(
         "smm=off",
     ]
 )
+CHANNEL_NAMES = ("org.stratabox.ssh.0", "org.stratabox.ssh.1")
+"""What the guest finds the channel's ports by."""
+EXEC_NAME = "org.stratabox.exec.0"
+"""And the one that commands go by while there is no channel."""
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
+STAND_IN_BYTES = 16 << 40
+SEED_NODE = "seed"
 _FIRST_DISK_SLOT = 8
+_SEED_SLOT = _FIRST_DISK_SLOT + MAX_DISKS
+"""Behind all disks, as guests number them by their slots."""
 _SERIAL_MAX = 20
 
 
@@ -71,11 +84,17 @@ class Files(Protocol):
     def initrd(self) -> str:
         """File name of the initrd."""
 
+    def seed(self) -> str:
+        """File name of the seed, for a block node."""
+
     def layer(self, layer: ChainLayer, *, active: bool) -> str:
         """File name of a layer, for a block node; active ones can be reopened both ways."""
 
     def listener(self, name: str) -> str:
         """Where a server chardev listens, as "fd=7" or "path=/…", without commas inside."""
+
+    def network(self, name: str) -> Mapping[str, str]:
+        """Where the card's wire listens, as a socket address of QEMU's."""
 
     def extra(self) -> Sequence[str]:
         """Arguments that hand over descriptors. Asked after everything else."""
@@ -130,7 +149,18 @@ def hardware(spec: DomainSpec, files: Files) -> list[str]:
     known: set[str] = set()
     for disk in spec.disks:
         arguments += disk_arguments(disk, files, known)
-    return [*arguments, *_devices(spec), *control_arguments(files)]
+    if spec.machine.seed:
+        arguments += seed_arguments(files.seed())
+    if spec.machine.volumes:
+        arguments += ["-device", _pci("virtio-scsi-pci", "volumes", VOLUMES_SLOT, num_queues=1)]
+    for volume in spec.volumes:
+        arguments += volume_arguments(volume, files, known)
+    arguments += [*_devices(spec, files), *control_arguments(files)]
+    if spec.machine.channel:
+        arguments += channel_arguments(files)
+    if spec.machine.exec_port:
+        arguments += exec_arguments(files)
+    return arguments
 
 
 def bios_node(filename: str) -> dict[str, object]:
@@ -180,16 +210,8 @@ def disk_arguments(disk: DomainDisk, files: Files, known: set[str]) -> list[str]
         raise InvalidArgumentError(f"A sandbox has at most {MAX_DISKS} disks.")
     if len(disk.serial.encode()) > _SERIAL_MAX:
         raise InvalidArgumentError(f"A disk's serial is at most {_SERIAL_MAX} bytes long.")
-    arguments: list[str] = []
-    backing: str | None = None
     active = disk.chain[0]
-    for layer in reversed(disk.chain):
-        if layer.node not in known:
-            known.add(layer.node)
-            filename = files.layer(layer, active=layer is active)
-            node = layer_node(layer, filename, read_only=layer is not active, backing=backing)
-            arguments += ["-blockdev", _json(node)]
-        backing = layer.node
+    arguments = _chain_arguments(disk.chain, files, known, writable=active)
     device: dict[str, object] = {
         "driver": "virtio-blk-pci",
         "id": disk.device,
@@ -205,6 +227,74 @@ def disk_arguments(disk: DomainDisk, files: Files, known: set[str]) -> list[str]
     if disk.index == 0:
         device["bootindex"] = 1  # 0 is the kernel's, where QEMU loads one
     return [*arguments, "-device", _json(device)]
+
+
+def seed_arguments(filename: str) -> list[str]:
+    """The disk by which cloud-init sets the guest up, which nobody writes."""
+    node = {"driver": "file", "node-name": SEED_NODE, "filename": filename, "read-only": True}
+    return [
+        *("-blockdev", _json(node)),
+        *("-device", _pci("virtio-blk-pci", "seed", _SEED_SLOT, drive=SEED_NODE, serial="seed")),
+    ]
+
+
+def volume_arguments(volume: DomainVolume, files: Files, known: set[str]) -> list[str]:
+    """A volume's whole chain, or its stand-in, and its device. `known` as in `disk_arguments`."""
+    if volume.chain:
+        writable = None if volume.read_only else volume.chain[0]
+        arguments = _chain_arguments(volume.chain, files, known, writable=writable)
+    else:
+        arguments = ["-blockdev", _json(stand_in_node(volume))]
+    return [*arguments, "-device", _json(volume_device(volume))]
+
+
+def stand_in_node(volume: DomainVolume) -> dict[str, object]:
+    """A node that reads as zeros, as large as any volume, and keeps nothing."""
+    return {
+        "driver": "null-co",
+        "node-name": volume.node,
+        "size": STAND_IN_BYTES,
+        "read-zeroes": True,
+    }
+
+
+def volume_device(volume: DomainVolume) -> dict[str, object]:
+    """A volume's device, for -device or device_add.
+
+    :raise InvalidArgumentError: for a slot or a serial that cannot be.
+    """
+    if not 0 <= volume.slot < MAX_VOLUMES:
+        raise InvalidArgumentError(f"A sandbox has at most {MAX_VOLUMES} volumes.")
+    if len(volume.serial.encode()) > _SERIAL_MAX:
+        raise InvalidArgumentError(f"A volume's serial is at most {_SERIAL_MAX} bytes long.")
+    return {
+        "driver": "scsi-hd",
+        "id": volume.device,
+        "drive": volume.node,
+        "bus": "volumes.0",
+        "channel": 0,
+        "scsi-id": volume.slot,
+        "lun": 0,
+        "serial": volume.serial,
+        "write-cache": "on",
+        "werror": "enospc",
+        "rerror": "report",
+    }
+
+
+def _chain_arguments(
+    chain: Sequence[ChainLayer], files: Files, known: set[str], *, writable: ChainLayer | None
+) -> list[str]:
+    arguments: list[str] = []
+    backing: str | None = None
+    for layer in reversed(chain):
+        if layer.node not in known:
+            known.add(layer.node)
+            filename = files.layer(layer, active=layer is writable)
+            node = layer_node(layer, filename, read_only=layer is not writable, backing=backing)
+            arguments += ["-blockdev", _json(node)]
+        backing = layer.node
+    return arguments
 
 
 def control_arguments(files: Files) -> list[str]:
@@ -225,8 +315,42 @@ def control_arguments(files: Files) -> list[str]:
         *("-device", _pci("virtio-serial-pci", "serial0", 3, max_ports=16)),
         *("-chardev", f"socket,id=agent,{files.listener('agent.sock')},server=on,wait=off"),
         *("-device", _json(port)),
-        *("-chardev", f"ringbuf,id=console,size={SERIAL_BYTES}"),
+        *("-chardev", f"socket,id=console,{files.listener('console.sock')},server=on,wait=off"),
         *("-serial", "chardev:console"),
+    ]
+
+
+def channel_arguments(files: Files) -> list[str]:
+    """The ports that the guest's sshd is spoken to through; see `guest.channel`."""
+    arguments = []
+    for number, name in enumerate(CHANNEL_NAMES):
+        port = {
+            "driver": "virtserialport",
+            "id": CHANNEL_PORTS[number],
+            "bus": "serial0.0",
+            "nr": 2 + number,
+            "chardev": f"channel{number}",
+            "name": name,
+        }
+        listener = files.listener(f"ssh{number}.sock")
+        chardev = f"socket,id=channel{number},{listener},server=on,wait=off"
+        arguments += ["-chardev", chardev, "-device", _json(port)]
+    return arguments
+
+
+def exec_arguments(files: Files) -> list[str]:
+    """The port that a first command goes by; see `guest.exec_port`."""
+    port = {
+        "driver": "virtserialport",
+        "id": EXEC_PORT,
+        "bus": "serial0.0",
+        "nr": 2 + len(CHANNEL_NAMES),
+        "chardev": "exec",
+        "name": EXEC_NAME,
+    }
+    return [
+        *("-chardev", f"socket,id=exec,{files.listener('exec.sock')},server=on,wait=off"),
+        *("-device", _json(port)),
     ]
 
 
@@ -251,11 +375,11 @@ def _incoming(files: Files) -> list[str]:
     return ["-incoming", state, "-global", "migration.send-configuration=off"]
 
 
-def _devices(spec: DomainSpec) -> list[str]:
+def _devices(spec: DomainSpec, files: Files) -> list[str]:
     return [
         *("-object", _json({"qom-type": "rng-builtin", "id": "rng"})),
         *("-device", _pci("virtio-rng-pci", "rng0", 2, rng="rng")),
-        *("-netdev", "user,id=net,restrict=on"),
+        *_network(spec, files),
         # Without romfile the PXE ROM would be guest ABI, and one more file from /usr/share.
         *(
             "-device",
@@ -267,6 +391,22 @@ def _devices(spec: DomainSpec) -> list[str]:
         ),
         *("-device", _json({"driver": "vmgenid", "id": "genid", "guid": spec.vmgenid})),
     ]
+
+
+def _network(spec: DomainSpec, files: Files) -> list[str]:
+    """What the card is wired to: a socket that a helper connects to, where there is egress.
+
+    Machines of before there was any have QEMU's own network, closed, whose state is part of theirs.
+    """
+    if not spec.machine.uplink:
+        return ["-netdev", "user,id=net,restrict=on"]
+    wire: dict[str, object] = {
+        "type": "stream",
+        "id": "net",
+        "server": True,
+        "addr": dict(files.network("net.sock")),
+    }
+    return ["-netdev", _json(wire)]
 
 
 def _pci(driver: str, name: str, slot: int, **properties: object) -> str:

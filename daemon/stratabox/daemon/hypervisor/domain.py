@@ -15,13 +15,13 @@ go over its monitor. `detach` lets go of it; the guest runs on.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import os
+from collections.abc import Sequence
 
-from stratabox.daemon.hypervisor import process
+from stratabox.daemon.hypervisor import process, usage
 from stratabox.daemon.hypervisor.block import BLOCK_SECONDS, BlockGraph
-from stratabox.daemon.hypervisor.command_line import SERIAL_BYTES
+from stratabox.daemon.hypervisor.console import DEFAULT_LIMITS, Console, Limits
 from stratabox.daemon.hypervisor.events import (
     Event,
     Exited,
@@ -29,21 +29,28 @@ from stratabox.daemon.hypervisor.events import (
     Panicked,
     Reset,
     Shutdown,
+    Wired,
     describe_end,
 )
-from stratabox.daemon.hypervisor.machine import DomainHandle
+from stratabox.daemon.hypervisor.machine import ChainLayer, DomainHandle
 from stratabox.daemon.hypervisor.memory.control import MemoryControl
 from stratabox.daemon.hypervisor.monitor import Monitor
 from stratabox.daemon.hypervisor.qmp import ReplyLostError
-from stratabox.storage.model.errors import UnavailableError
+from stratabox.daemon.hypervisor.takeover import take_over
+from stratabox.daemon.hypervisor.usage import DiskUsage
+from stratabox.daemon.hypervisor.volumes import VolumeBus
+from stratabox.storage.model.errors import FailedError, UnavailableError
 
 _LAST_EVENTS_SECONDS = 1.0
+_WIRED_SECONDS = 30.0
 
 
 class Domain:
     """A running domain under our control. Made by `attach`."""
 
-    def __init__(self, handle: DomainHandle, on_event: OnEvent, pidfd: int) -> None:
+    def __init__(
+        self, handle: DomainHandle, on_event: OnEvent, pidfd: int, console: Limits
+    ) -> None:
         self.handle = handle
         self.exited: asyncio.Future[Exited] = asyncio.get_running_loop().create_future()
         """Resolved when the process is gone, with why; cancelled by `detach`."""
@@ -52,41 +59,70 @@ class Domain:
         self._monitor = Monitor(handle.folder, self._hear)
         self.disks = BlockGraph(self._monitor)
         """Its disks: overlays, and which layer is active."""
+        self.volumes = VolumeBus(self._monitor)
+        """Its bus of volumes."""
         self.memory = MemoryControl(self._monitor)
         """Its RAM and the state of its devices."""
         self._shutdown: Shutdown | None = None
         self._panicked = False
+        self._wired = asyncio.Event()
         self._log_start = process.log_size(handle.folder)
-        self._console = b""
+        self.console = Console(handle.folder, console)
+        """Its serial console."""
         self._watcher: asyncio.Task[None] | None = None
 
     @classmethod
-    async def attach(cls, handle: DomainHandle, on_event: OnEvent) -> Domain:
+    async def attach(
+        cls,
+        handle: DomainHandle,
+        on_event: OnEvent,
+        *,
+        fresh: bool = False,
+        console: Limits = DEFAULT_LIMITS,
+    ) -> Domain:
         """Take over a running domain.
 
         Events that came before are lost: ask `status`, `agent_port_open` and
         ``disks.active_layers``.
 
         :param on_event: called with each event, in the event loop; it must not block.
+        :param fresh: it was started just now, so that nothing can need tidying.
+        :param console: how much it may write there, and how much of it is kept.
+        :raise FailedError: QEMU_FAILED, when a fresh one has ended already, with its own words: it
+            could not load its saved state, for instance.
         :raise UnavailableError: MONITOR_UNAVAILABLE, when the process is gone or its monitor does
             not answer. Then nothing of this attempt is left.
         """
         pidfd = process.open_pidfd(handle.pid, handle.started)
         if pidfd is None:
-            ended = process.describe(process.reap(handle.pid, handle.started))
-            raise UnavailableError(
-                f"QEMU {ended}. {process.log_tail(handle.folder)}".strip(),
-                reason="MONITOR_UNAVAILABLE",
-            )
-        domain = cls(handle, on_event, pidfd)
+            raise _ended(handle, fresh=fresh)
+        domain = cls(handle, on_event, pidfd, console)
         try:
-            await domain._monitor.open()
-            await domain.disks.tidy()
+            if not await domain._open_monitor():
+                raise _ended(handle, fresh=fresh)
+            await domain.console.open(handle.console, fresh=fresh)
+            if not fresh:
+                await domain.disks.tidy()
         except BaseException:
             await domain.detach()
             raise
         domain._watcher = asyncio.create_task(domain._watch(), name=f"end of {handle.sandbox}")
         return domain
+
+    async def _open_monitor(self) -> bool:
+        """Connect; False when the process ends before that."""
+        opening = asyncio.ensure_future(self._monitor.open())
+        gone = asyncio.ensure_future(process.wait_gone(self._pidfd))
+        try:
+            await asyncio.wait((opening, gone), return_when=asyncio.FIRST_COMPLETED)
+            if opening.done():
+                opening.result()
+                return True
+            return False
+        finally:
+            for each in (opening, gone):
+                each.cancel()
+            await asyncio.wait((opening, gone))
 
     async def detach(self) -> None:
         """Let go of the domain, which runs on. Idempotent."""
@@ -95,6 +131,7 @@ class Domain:
             watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watcher
+        await self.console.close()
         await self._monitor.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
@@ -133,6 +170,10 @@ class Domain:
         """
         await self._monitor.execute("stop", repeatable=True, seconds=BLOCK_SECONDS)
 
+    async def take_over(self, chains: Sequence[Sequence[ChainLayer]]) -> int:
+        """Bring its chains to where they are to be, step by step; as ``takeover.take_over``."""
+        return await take_over(self._monitor, self.disks, chains)
+
     async def quit(self) -> None:
         """Have QEMU end in its own good order (disks flushed), without asking the guest.
 
@@ -150,6 +191,29 @@ class Domain:
         """
         await self._monitor.execute("system_powerdown", repeatable=True)
 
+    async def wired(self) -> None:
+        """Wait until QEMU has taken the connection that somebody made to its network card's socket.
+
+        Before that no packet may be on its way: QEMU 7.2 takes connections when it has nothing
+        else to do, and until then writes to none at all, and crashes.
+
+        :raise FailedError: NETWORK_FAILED, when it does not in `_WIRED_SECONDS`.
+        """
+        try:
+            async with asyncio.timeout(_WIRED_SECONDS):
+                await self._wired.wait()
+        except TimeoutError:
+            raise FailedError(
+                "QEMU does not take the network's connection.", reason="NETWORK_FAILED"
+            ) from None
+
+    async def set_link(self, *, up: bool) -> None:
+        """Plug the network card's cable in or out; the guest notices. Idempotent.
+
+        :raise UnavailableError: MONITOR_UNAVAILABLE.
+        """
+        await self._monitor.execute("set_link", {"name": "net0", "up": up}, repeatable=True)
+
     async def agent_port_open(self) -> bool:
         """Whether the guest's agent has its port open now.
 
@@ -161,19 +225,12 @@ class Domain:
             for each in answer
         )
 
-    async def serial_tail(self) -> str:
-        """The last 64 KiB that the guest wrote to its console since we attached, made printable.
+    async def disk_usage(self) -> list[DiskUsage]:
+        """What the guest has done with its disks and volumes since this process started.
 
-        What an earlier daemon has read of it is gone.
-
-        :raise UnavailableError: MONITOR_UNAVAILABLE, as when QEMU has ended.
+        :raise UnavailableError: MONITOR_UNAVAILABLE.
         """
-        answer = await self._monitor.execute(
-            "ringbuf-read", {"device": "console", "size": SERIAL_BYTES, "format": "base64"}
-        )
-        # Reading empties the ring, so what was read is kept here.
-        self._console = (self._console + base64.b64decode(str(answer)))[-SERIAL_BYTES:]
-        return process.printable(self._console.decode(errors="replace"))
+        return await usage.disk_usage(self._monitor)
 
     def _hear(self, event: Event) -> None:
         match event:
@@ -181,6 +238,10 @@ class Domain:
                 self._shutdown = event
             case Panicked():
                 self._panicked = True
+            case Wired(connected=True):
+                self._wired.set()
+            case Wired():
+                self._wired.clear()
             case Reset():
                 self._panicked = False
         self._on_event(event)
@@ -202,4 +263,14 @@ class Domain:
         if not self.exited.done():
             self.exited.set_result(gone)
         self._on_event(gone)
+        await self.console.close()
         await self._monitor.close()
+
+
+def _ended(handle: DomainHandle, *, fresh: bool) -> FailedError | UnavailableError:
+    """The error for a QEMU that is gone."""
+    status = process.describe(process.reap(handle.pid, handle.started))
+    words = f"QEMU {status}. {process.log_tail(handle.folder)}".strip()
+    if fresh:
+        return FailedError(words, reason="QEMU_FAILED")
+    return UnavailableError(words, reason="MONITOR_UNAVAILABLE")

@@ -11,6 +11,10 @@ from typing import TypeAlias
 
 AGENT_PORT = "agent-port"
 """Id of the guest agent's virtio-serial port."""
+CHANNEL_PORTS = ("channel-port-0", "channel-port-1")
+"""Ids of the virtio-serial ports of the channel to the guest's sshd."""
+EXEC_PORT = "exec-port"
+"""Id of the one that commands go by while there is no channel."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class BlockError:
     """Node of the disk's active layer."""
     nospace: bool
     action: str
+    what: str = ""
+    """The operation and the host's own word for what failed, for people."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,21 @@ class AgentPort:
     """The guest's agent opened or closed its port. QEMU tells at most one change each second."""
 
     open: bool
+
+
+@dataclass(frozen=True)
+class ChannelPort:
+    """The guest opened or closed a port of its channel. Told as an `AgentPort` is."""
+
+    number: int
+    open: bool
+
+
+@dataclass(frozen=True)
+class Wired:
+    """QEMU has taken, or lost, the connection that its guest's network card is wired to."""
+
+    connected: bool
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,17 @@ class Exited:
 
 
 Event: TypeAlias = (
-    Shutdown | Reset | Stopped | Resumed | Panicked | BlockError | AgentPort | Reconnected | Exited
+    Shutdown
+    | Reset
+    | Stopped
+    | Resumed
+    | Panicked
+    | BlockError
+    | AgentPort
+    | ChannelPort
+    | Wired
+    | Reconnected
+    | Exited
 )
 OnEvent: TypeAlias = Callable[[Event], None]
 
@@ -105,9 +136,17 @@ def parse(message: Mapping[str, object]) -> Event | None:
                 str(details.get("node-name", "")),
                 bool(details.get("nospace")),
                 str(details.get("action", "")),
+                f"{details.get('operation', '')}: {details.get('reason', '')}",
             )
         case "VSERPORT_CHANGE" if details.get("id") == AGENT_PORT:
             return AgentPort(bool(details.get("open")))
+        case "VSERPORT_CHANGE" if details.get("id") in CHANNEL_PORTS:
+            number = CHANNEL_PORTS.index(str(details.get("id")))
+            return ChannelPort(number, bool(details.get("open")))
+        case "NETDEV_STREAM_CONNECTED":
+            return Wired(connected=True)
+        case "NETDEV_STREAM_DISCONNECTED":
+            return Wired(connected=False)
     return None
 
 
@@ -126,6 +165,6 @@ def describe_end(shutdown: Shutdown | None, *, panicked: bool, ended: str, last_
     if shutdown is not None and shutdown.reason == "host-qmp-quit":
         return "The guest's plug was pulled by Stratabox."
     if shutdown is not None and shutdown.reason == "host-signal":
-        return "QEMU was asked to end by a signal from the host."
+        return "QEMU was asked to end by a signal from the host, as kill and virsh destroy send it."
     words = f" Its last words: {last_words}" if last_words else ""
     return f"QEMU {ended}.{words}"

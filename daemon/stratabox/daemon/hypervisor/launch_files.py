@@ -16,12 +16,14 @@ QEMU runs as a user that may not enter the state folder, so nothing is handed ov
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from stratabox.daemon.hypervisor import sockets
+from stratabox.daemon.hypervisor.confinement import Reopened
 from stratabox.daemon.hypervisor.machine import ChainLayer, DomainSpec
 from stratabox.daemon.hypervisor.memory import tracking
 from stratabox.daemon.hypervisor.qemu_host import BIOS
@@ -42,17 +44,23 @@ class InheritedFiles:
 
     Implements `command_line.Files`.
 
+    :param first: QEMU has them under numbers from there on, in the order of `descriptors`; None:
+        under the numbers that they have here.
     :raise CorruptError: LAYER_MISSING, on a file that is not there.
     :raise FailedError: QEMU_FAILED, on one that cannot be opened.
     """
 
-    def __init__(self, spec: DomainSpec) -> None:
+    def __init__(self, spec: DomainSpec, first: int | None = None) -> None:
         self._spec = spec
+        self._first = first
         self._stack = ExitStack()
         self._sets: list[str] = []
         self._next_set = 0
         self.descriptors: list[int] = []
-        """To be inherited, under the same numbers."""
+        """To be given to QEMU."""
+        self._files: list[int] = []
+        self._folders: dict[int, Path | None] = {}
+        self._devices: list[int] = []
 
     def __enter__(self) -> InheritedFiles:
         return self
@@ -74,7 +82,10 @@ class InheritedFiles:
         """The sealed memfd that holds the saved RAM, or the kernel's zeros."""
         saved = self._spec.saved
         if saved is None:
-            return tracking.FRESH
+            if self._first is None:
+                return tracking.FRESH
+            # Whoever starts QEMU may show it another /dev, and RAM is found by this one's inode.
+            return self._by_proc(Path(tracking.FRESH), os.O_RDWR, needed=0o006)
         if not is_sealed(saved.ram, self._spec.memory << 20):
             raise InternalError("saved RAM is not sealed, or not of the guest's size")
         return self._again(saved.ram, os.O_RDONLY)
@@ -86,13 +97,15 @@ class InheritedFiles:
         return f"fd:{self._again(self._spec.saved.state, os.O_RDONLY).rpartition('/')[2]}"
 
     def environment(self) -> dict[str, str]:
-        """Variables that have QEMU note which pages its guest writes, where that can be."""
-        if not (tracking.has_write_tracking() and tracking.LIBRARY.exists()):
+        """Variables that have QEMU note which pages its guest writes, where that can be, and let
+        this user's next daemon read them."""
+        own_user = self._spec.uid is None and os.geteuid() != 0
+        if not (tracking.LIBRARY.exists() and (own_user or tracking.has_write_tracking())):
             return {}
         library = self._by_proc(tracking.LIBRARY, os.O_RDONLY, needed=0o004)
         saved = self._spec.saved
         ram = tracking.FRESH if saved is None else f"/proc/self/fd/{saved.ram}"
-        return tracking.environment(library, ram)
+        return tracking.environment(library, ram, own_user=own_user)
 
     def bios(self) -> str:
         """The flash's file."""
@@ -102,11 +115,17 @@ class InheritedFiles:
 
     def kernel(self) -> str:
         """-kernel."""
-        return self._by_proc(_given(self._spec.kernel), os.O_RDONLY, needed=0o004)
+        return self._by_proc(_needed(self._spec.kernel), os.O_RDONLY, needed=0o004)
 
     def initrd(self) -> str:
         """-initrd."""
-        return self._by_proc(_given(self._spec.initrd), os.O_RDONLY, needed=0o004)
+        return self._by_proc(_needed(self._spec.initrd), os.O_RDONLY, needed=0o004)
+
+    def seed(self) -> str:
+        """The seed's file, for reading."""
+        number = self._new_set()
+        self._add(number, self._open(_needed(self._spec.seed), os.O_RDONLY), "seed")
+        return f"/dev/fdset/{number}"
 
     def layer(self, layer: ChainLayer, *, active: bool) -> str:
         """A set with a reading descriptor, and a writing one too for the active layer."""
@@ -118,6 +137,13 @@ class InheritedFiles:
 
     def listener(self, name: str) -> str:
         """A socket that listens already."""
+        return f"fd={self._listening(name)}"
+
+    def network(self, name: str) -> Mapping[str, str]:
+        """The same, as JSON has it."""
+        return {"type": "fd", "str": str(self._listening(name))}
+
+    def _listening(self, name: str) -> int:
         try:
             listening = sockets.listen(self._spec.folder, name)
         except OSError as error:
@@ -126,8 +152,7 @@ class InheritedFiles:
                 reason="QEMU_FAILED",
             ) from error
         self._stack.enter_context(listening)
-        self.descriptors.append(listening.fileno())
-        return f"fd={listening.fileno()}"
+        return self._given(listening.fileno())
 
     def extra(self) -> Sequence[str]:
         """The -add-fd arguments."""
@@ -137,22 +162,38 @@ class InheritedFiles:
         self._next_set += 1
         return self._next_set
 
+    def _given(self, descriptor: int) -> int:
+        """Have it given to QEMU; returns its number there."""
+        self.descriptors.append(descriptor)
+        return descriptor if self._first is None else self._first + len(self.descriptors) - 1
+
     def _add(self, number: int, descriptor: int, label: str) -> None:
         # Labels are made of our own ids: letters, digits and one colon.
-        self._sets += ["-add-fd", f"fd={descriptor},set={number},opaque={label}"]
+        self._sets += ["-add-fd", f"fd={self._given(descriptor)},set={number},opaque={label}"]
 
     def _by_proc(self, path: Path, flags: int, *, needed: int) -> str:
         descriptor = self._open(path, flags)
-        if self._spec.uid is not None and os.fstat(descriptor).st_mode & needed != needed:
+        mode = os.fstat(descriptor).st_mode
+        if self._spec.uid is not None and mode & needed != needed:
             raise InternalError(f"{path} is not readable by QEMU's user: its mode is too narrow")
-        return f"/proc/self/fd/{descriptor}"
+        number = self._given(descriptor)
+        if flags & os.O_DIRECTORY:
+            self._folders[number] = path
+        elif stat.S_ISCHR(mode):
+            self._devices.append(number)
+        else:
+            self._files.append(number)
+        return f"/proc/self/fd/{number}"
+
+    def reopened(self) -> Reopened:
+        """What QEMU will open once more by its descriptor. Asked after everything else."""
+        return Reopened(folders=self._folders, files=self._files, devices=self._devices)
 
     def _again(self, descriptor: int, flags: int) -> str:
         """Open a file in memory once more."""
         again = os.open(f"/proc/self/fd/{descriptor}", flags | os.O_CLOEXEC)
         self._stack.callback(os.close, again)
-        self.descriptors.append(again)
-        return f"/proc/self/fd/{again}"
+        return f"/proc/self/fd/{self._given(again)}"
 
     def _open(self, path: Path, flags: int) -> int:
         try:
@@ -166,11 +207,10 @@ class InheritedFiles:
                 f"{path} cannot be opened: {error.strerror}.", reason="QEMU_FAILED"
             ) from error
         self._stack.callback(os.close, descriptor)
-        self.descriptors.append(descriptor)
         return descriptor
 
 
-def _given(path: Path | None) -> Path:
+def _needed(path: Path | None) -> Path:
     if path is None:
-        raise InternalError("a guest that boots by kernel was specified without one")
+        raise InternalError("a guest was specified without a file that its machine names")
     return path

@@ -9,13 +9,21 @@ runs under a uid of its own that may not even enter the state folder.
 
 from __future__ import annotations
 
+import re
+import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from stratabox.storage.model.ids import LayerId, SandboxId
 from stratabox.storage.model.records import Machine
+
+STAND_IN = "stand-in-"
+"""How names of nodes begin that stand in for volumes."""
+
+
+_LAYER_NODE = re.compile(r"L[0-9a-f]{28}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +37,11 @@ class ChainLayer:
     def node(self) -> str:
         """Name of its format node in QEMU's block graph (QEMU's limit is 31 characters)."""
         return "L" + self.id.replace("-", "")[:28]
+
+    @staticmethod
+    def is_node(name: str) -> bool:
+        """Tell whether a node of a block graph is a layer's format node."""
+        return _LAYER_NODE.fullmatch(name) is not None
 
     @property
     def file_node(self) -> str:
@@ -48,6 +61,30 @@ class DomainDisk:
     def device(self) -> str:
         """Id of its virtio-blk device."""
         return f"disk{self.index}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainVolume:
+    """A volume on the domain's bus of volumes; or, without a chain, the stand-in for one.
+
+    A stand-in holds nothing and forgets what is written to it. A guest that goes on from saved
+    memory needs something at each address where it had a volume.
+    """
+
+    slot: int
+    serial: str
+    chain: Sequence[ChainLayer]
+    read_only: bool
+
+    @property
+    def device(self) -> str:
+        """Id of its device."""
+        return f"vol{self.slot}"
+
+    @property
+    def node(self) -> str:
+        """Name of the node that its device begins with."""
+        return self.chain[0].node if self.chain else f"{STAND_IN}{self.slot}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +123,11 @@ class DomainSpec:
     """Run QEMU as this uid (and gid of the same number); None: as the daemon itself."""
     saved: SavedMemory | None = None
     """Go on from there; None: start from the beginning."""
+    volumes: Sequence[DomainVolume] = ()
+    seed: Path | None = None
+    """Where the machine has one."""
+    title: str = ""
+    """The sandbox's name at the start, for whoever looks at the host's domains. Any text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +139,10 @@ class DomainHandle:
     started: int
     """Start time of the process in clock ticks since boot: with the pid, unique until reboot."""
     folder: Path
+    console: socket.socket | None = field(default=None, compare=False, repr=False)
+    """Our end of its serial console, where this daemon has started it. Whoever attaches takes it,
+    and `Launcher.stop` closes it where nobody did. QEMU has it before it loads saved memory: a
+    guest that waited for its console to take a byte would else wait for ever."""
 
 
 class Launcher(Protocol):

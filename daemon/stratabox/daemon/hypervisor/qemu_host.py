@@ -133,7 +133,7 @@ def new_machine(
         firmware=dict(firmware),
         mac=mac or random_mac(),
         kernel_boot=kernel_boot,
-    )
+    ).up_to_date()
 
 
 def random_mac() -> str:

@@ -16,7 +16,11 @@ from pathlib import Path
 MONITOR = "qmp.sock"
 RESCUE = "rescue.sock"
 AGENT = "agent.sock"
-ALL = (MONITOR, RESCUE, AGENT)
+CHANNELS = ("ssh0.sock", "ssh1.sock")
+EXEC = "exec.sock"
+CONSOLE = "console.sock"
+NETWORK = "net.sock"
+ALL = (MONITOR, RESCUE, AGENT, *CHANNELS, EXEC, CONSOLE, NETWORK)
 
 _BACKLOG = 8
 
@@ -30,7 +34,7 @@ def _opened(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def listen(folder: Path, name: str) -> socket.socket:
+def listen(folder: Path, name: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
     """Make a listening socket `name` in `folder`, mode 0600; one that lies there is replaced.
 
     :raise OSError: as bind does.
@@ -38,7 +42,7 @@ def listen(folder: Path, name: str) -> socket.socket:
     with _opened(folder) as directory:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=directory)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock = socket.socket(socket.AF_UNIX, kind)
         try:
             sock.bind(f"/proc/self/fd/{directory}/{name}")
             os.chmod(name, 0o600, dir_fd=directory)  # before listen: nobody can have come in
@@ -49,13 +53,13 @@ def listen(folder: Path, name: str) -> socket.socket:
         return sock
 
 
-def connect(folder: Path, name: str) -> socket.socket:
+def connect(folder: Path, name: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
     """Connect to `name` in `folder`; never blocks. The socket is non-blocking.
 
     :raise OSError: when nobody listens, or the queue of those who wait is full.
     """
     with _opened(folder) as directory:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK)
         try:
             sock.connect(f"/proc/self/fd/{directory}/{name}")
         except BaseException:

@@ -22,6 +22,8 @@ class BuiltImage:
     command_line: str
     origin: str
     """What it was made from: "debian bookworm", "tiny" or "import"."""
+    cloud_init: bool = False
+    """Its guests set themselves up by a seed."""
 
 
 def no_progress(step: str, fraction: float | None) -> None:

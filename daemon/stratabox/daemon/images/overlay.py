@@ -1,6 +1,6 @@
 """The files that we put into a guest, as one tar archive owned by root.
 
-They lie under ``guest/`` as they lie in the guest. Those that start with ``#!`` become executable.
+They lie under ``guest/`` as they lie in the guest. Scripts and programs become executable.
 """
 
 from __future__ import annotations
@@ -37,8 +37,13 @@ def pack(
             archive.addfile(entry)
 
 
+def mode_of(content: bytes) -> int:
+    """The mode of a file of ours in a guest."""
+    return 0o755 if content.startswith((b"#!", b"\x7fELF")) else 0o644
+
+
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     entry = tarfile.TarInfo(name)
     entry.size = len(content)
-    entry.mode = 0o755 if content.startswith(b"#!") else 0o644
+    entry.mode = mode_of(content)
     archive.addfile(entry, io.BytesIO(content))

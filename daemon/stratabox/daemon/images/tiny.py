@@ -1,7 +1,7 @@
 """Build a guest of a few MB, for tests and quick starts.
 
 A real root disk (ext4, on /dev/vda; /tmp is on it), Debian's kernel, busybox, the guest agent with
-freeze and thaw, resize2fs, dash, and a real dd. Process 1 is a shell script,
+freeze and thaw, OpenSSH's server, resize2fs, dash, and a real dd. Process 1 is a shell script,
 ``guest/tiny/root/sbin/init``. Nothing of it is installed: the files are taken out of Debian's
 packages, so any host can build it.
 """
@@ -15,7 +15,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-from stratabox.daemon.images import initramfs, kernel, process
+from stratabox.daemon.images import initramfs, kernel, overlay, process
 from stratabox.daemon.images.artifact import BuiltImage, Progress
 from stratabox.daemon.images.bootstrap import Recipe, bootstrap, check_host
 from stratabox.daemon.images.disk import EXT4, GIB, to_qcow2
@@ -24,8 +24,11 @@ from stratabox.storage.model.errors import FailedError
 COMMAND_LINE = "root=/dev/vda rw console=ttyS0 quiet"
 RELEASE = "bookworm"
 SIZE_GIB = 1
-LATE_MODULES = ("virtio_rng", "virtio_net", "pvpanic", "pvpanic_pci")
-_PROGRAMS = ("usr/sbin/qemu-ga", "usr/sbin/resize2fs", "usr/bin/dash", "usr/bin/dd")
+LATE_MODULES = ("virtio_rng", "virtio_net", "pvpanic", "pvpanic_pci", "sd_mod", "virtio_scsi")
+_PROGRAMS = (
+    "usr/sbin/qemu-ga", "usr/sbin/resize2fs", "usr/bin/dash", "usr/bin/dd", "usr/sbin/sshd",
+    "usr/lib/openssh/sftp-server",
+)  # fmt: skip
 """Real ones. /bin/sh is dash, since busybox's shell would use its own dd, which lacks oflag."""
 _FOLDERS = (
     "dev", "etc/qemu/fsfreeze-hook.d", "mnt", "proc", "root", "run", "sys", "tmp", "usr/bin",
@@ -157,8 +160,7 @@ def _make_root(taken: Path, root: Path, libraries: dict[str, Path]) -> None:
         for path in tree.rglob("*"):
             if path.is_file():
                 target = root / path.relative_to(tree)
-                executable = path.read_bytes().startswith(b"#!")
-                _copy(path, target, 0o755 if executable else 0o644)
+                _copy(path, target, overlay.mode_of(path.read_bytes()))
     for name, content in initramfs.numbered(_modules(taken), LATE_MODULES, initramfs.MODULES):
         (root / "usr" / "lib" / "stratabox" / "modules" / name).write_bytes(content)
     sectors = SIZE_GIB * GIB // 512

@@ -10,6 +10,7 @@
 | `copying` | one save's copy of RAM, in rounds |
 | `control` | what QEMU itself is asked, over its monitor |
 | `hot` | saved memories that are ready to be mapped |
+| `headroom` | how much of the host's memory is left for what only makes things faster |
 | `threads` | steps that must come to their end |
 | `load` | waits for a QEMU that was started with saved memory |
 | `fits` | pure: what keeps a saved machine from running here |

@@ -6,6 +6,10 @@
  * is noted by the kernel alone. Nobody ever reads the userfaultfd, but it must stay open, because
  * closing it ends the registration. Where anything is missing QEMU runs as if this was not here.
  *
+ * With STRATABOX_PTRACER set, QEMU also lets any process of its own uid read its memory, where the
+ * kernel (Yama's ptrace_scope=1) would let only its parent: the daemon that started it may have
+ * been followed by another one. Set only where daemon and QEMU have the same uid and are not root.
+ *
  * Only QEMU's own calls of mmap come through here, not those inside libc. Needs Linux 6.7; the
  * constants are spelled out because headers may be older (include/uapi/linux/userfaultfd.h).
  */
@@ -17,6 +21,7 @@
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -44,6 +49,9 @@ __attribute__((constructor)) static void begin(void)
 {
 	const char *name = getenv("STRATABOX_RAM");
 
+	if (getenv("STRATABOX_PTRACER"))
+		prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0); /* no Yama: EINVAL, and no need */
+	unsetenv("STRATABOX_PTRACER");
 	wanted = name && sscanf(name, "%llu:%llu", &device, &inode) == 2;
 	unsetenv("STRATABOX_RAM");
 	unsetenv("LD_PRELOAD");

@@ -6,6 +6,7 @@ four times as long, most of it in page faults.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -51,9 +52,13 @@ class Buffer:
         self.close()
 
     def close(self) -> None:
-        """Give the memory back; no view may be left."""
+        """Give the memory back."""
         del self._pin
-        self._map.close()
+        with contextlib.suppress(BufferError):
+            self._map.close()
+            return
+        # An error that is on its way out holds a view, by its traceback: with that the memory goes.
+        del self._map
 
     @property
     def size(self) -> int:

@@ -7,6 +7,8 @@
 
 The devices come before the last round, because saving them may write to RAM. Rounds beforehand
 need `Tracking.WRITTEN`; with another tracking the last round copies everything.
+
+A guest that is to stand still for good (`leave_stopped`) gets no `cont` unless saving it fails.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ async def save(
     *,
     overlays: Sequence[Path] = (),
     at_pause: Callable[[], Awaitable[None]],
+    leave_stopped: bool = False,
 ) -> Saved:
     """Save a domain's memory, durably. Its guest runs on afterwards if it ran before.
 
@@ -88,6 +91,7 @@ async def save(
 
     :param overlays: the active layers' files, flushed beforehand so that the pause is short.
     :param at_pause: called while the guest stands still, to switch its disks.
+    :param leave_stopped: the guest stands still on return. When this raises, it runs if it ran.
     :raise DeniedError: MEMORY_UNREADABLE, before anything was done. GUEST_BOOTING, when the guest
         reset itself at this very moment.
     :raise FailedError: QEMU_FAILED.
@@ -110,9 +114,9 @@ async def save(
         if running:
             copied_running, last = await _copy_running(copy, tracked, overlays)
         await in_thread(copy.expect, 2 * last)
-        pause = _Pause(domain, state, copy, at_pause, running=running)
-        await uncancelled(pause.run())
+        pause = _Pause(domain, state, copy, at_pause, running=running, leave_stopped=leave_stopped)
         try:
+            await uncancelled(pause.run())
             await in_thread(copy.write)
             file = await in_thread(writer.finish)
             content = state.content()
@@ -121,6 +125,7 @@ async def save(
             # Cancelled, too: what a thread has finished meanwhile must go.
             target.ram.unlink(missing_ok=True)
             target.state.unlink(missing_ok=True)
+            await uncancelled(pause.end())
             raise
     return Saved(
         file=file,
@@ -162,14 +167,20 @@ class _Pause:
         at_pause: Callable[[], Awaitable[None]],
         *,
         running: bool,
+        leave_stopped: bool,
     ) -> None:
         self._domain, self._state, self._copy = domain, state, copy
         self._at_pause, self._running = at_pause, running
+        self._leave_stopped = leave_stopped
+        self._stands = False
         self.copied = 0
         self.duration = timedelta()
 
     async def run(self) -> None:
-        """From `stop` to `cont`, which is sent whatever happens if the guest ran before."""
+        """From `stop` to `cont`, which is sent whatever happens if the guest ran before.
+
+        Only where it is to be left stopped, and all went well, it is not.
+        """
         domain = self._domain
         target = await domain.memory.add_target(self._state.writing)
         begun = time.monotonic()
@@ -180,13 +191,20 @@ class _Pause:
             await self._at_pause()
             await domain.memory.save_devices(target)
             self.copied = await in_thread(self._copy.copy_stopped)
+            self._stands = self._running and self._leave_stopped
         finally:
-            if self._running:
+            if self._running and not self._stands:
                 await domain.resume()
                 self.duration = timedelta(seconds=time.monotonic() - begun)
             await domain.memory.remove_target(target)
-        if self._running:
+        if self._running and not self._stands:
             await domain.disks.tidy()
+
+    async def end(self) -> None:
+        """Let a guest that was left stopped run after all."""
+        if self._stands:
+            self._stands = False
+            await self._domain.cont()
 
     async def _check_stopped(self) -> None:
         status = await self._domain.status()

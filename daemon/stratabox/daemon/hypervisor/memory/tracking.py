@@ -45,14 +45,20 @@ class Tracking(StrEnum):
     NONE = "none"
 
 
-def environment(library: str, path: str) -> dict[str, str]:
-    """What QEMU's environment needs so that its RAM is tracked.
+def environment(library: str, path: str, *, own_user: bool) -> dict[str, str]:
+    """What QEMU's environment needs so that its RAM is tracked, and may be read by us.
 
     :param library: the library by a name that QEMU can open.
     :param path: the file that its RAM is a mapping of.
+    :param own_user: it runs under the daemon's own uid, which is not root's.
     """
     status = os.stat(path)  # noqa: PTH116 (often a descriptor under /proc)
-    return {"LD_PRELOAD": library, "STRATABOX_RAM": f"{status.st_dev}:{status.st_ino}"}
+    wanted = {"LD_PRELOAD": library}
+    if has_write_tracking():
+        wanted["STRATABOX_RAM"] = f"{status.st_dev}:{status.st_ino}"
+    if own_user:
+        wanted["STRATABOX_PTRACER"] = "any"
+    return wanted
 
 
 def of(mapping: RamMapping) -> Tracking:

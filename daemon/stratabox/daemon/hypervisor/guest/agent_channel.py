@@ -4,8 +4,10 @@ The channel has no ids. What tells a reply from a late one to an earlier questio
 ``guest-sync-delimited``: 0xFF makes the agent drop half a command, and its reply, after another
 0xFF, carries a number that was never used before. That is done whenever the last exchange did not
 end well. Everything is bounded: a reply's size and time by the caller, its nesting by Python; and
-the daemon reads only while it waits for a reply, so a guest that floods its port fills only its
-own queue.
+the daemon reads only while it waits for a reply, and a flood only slowly, so a guest that floods
+its port fills only its own queue. A long reply is looked through before it is parsed: what our
+questions are answered with is a few fields, however long, and a million tiny ones would take a
+hundred times their size in memory, and the interpreter for seconds.
 """
 
 from __future__ import annotations
@@ -26,6 +28,13 @@ _THREAD_ABOVE = 1 << 20
 """Replies above this size are parsed in a thread."""
 _SYNC_BYTES = 4096
 _CONNECT_PAUSE = 0.05
+_FREE_BYTES = 4 << 20
+"""What may lie before a mark: what an agent had still to say, and what the queues hold."""
+_FLOOD_PAUSE = 0.05
+"""After each piece of more than that."""
+_LOOK_ABOVE = 64 << 10
+_MOST_PARTS = 10_000
+"""Of a reply that long: objects, lists, and what they hold."""
 
 
 class AgentGoneError(UnavailableError):
@@ -49,6 +58,10 @@ class AgentChannel:
         self._sock: socket.socket | None = None
         self._buffer = bytearray()
         self._in_step = False
+        self._asked: int | None = None
+        """The number of a sync that was sent and that nobody has waited for yet."""
+        self._skipped = 0
+        """Bytes that were read and dropped, since the last sync began."""
 
     @property
     def in_step(self) -> bool:
@@ -58,25 +71,43 @@ class AgentChannel:
     def out_of_step(self) -> None:
         """Have the next exchange begin with a sync, as after a guest's reset."""
         self._in_step = False
+        self._asked = None
 
     def close(self) -> None:
         """Hang up."""
         self._in_step = False
+        self._asked = None
         self._buffer.clear()
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+
+    def begin_sync(self) -> None:
+        """Ask the agent to get in step, at once and without waiting; `sync` hears the answer.
+
+        Where that cannot be sent now (QEMU's queue is full, or it is gone) `sync` asks.
+        """
+        self._in_step = False
+        with contextlib.suppress(OSError):
+            if self._sock is None:
+                self._sock = sockets.connect(self._folder, sockets.AGENT)
+            number, question = _sync()
+            # All of it or nothing: a socket's buffer holds more, and this is its first.
+            self._sock.send(question)
+            self._asked = number
 
     async def sync(self) -> None:
         """Connect where necessary and get in step; waits as long as the agent needs.
 
         :raise AgentGoneError: when QEMU hangs up.
         """
-        await self._connect()
-        number = secrets.randbits(48)
-        arguments = {"id": number}
-        self._in_step = False
-        await self._send(b"\xff" + _encode("guest-sync-delimited", arguments))
+        number, self._asked = self._asked, None
+        if number is None:
+            await self._connect()
+            number, question = _sync()
+            self._in_step = False
+            await self._send(question)
+        self._skipped = 0
         while True:
             await self._skip_to_mark()
             with contextlib.suppress(_TooLongError, _GarbageError):
@@ -145,13 +176,23 @@ class AgentChannel:
             self.close()
             raise AgentGoneError("The channel to the guest's agent was lost.")
         self._buffer += data
+        # A socket that always has something never makes its reader wait: the others' turn, then.
+        await asyncio.sleep(0)
 
     async def _skip_to_mark(self) -> None:
+        await self._slow_down()
         while (mark := self._buffer.rfind(b"\xff")) < 0:
+            self._skipped += len(self._buffer)
             self._buffer.clear()
+            await self._slow_down()
             await self._receive()
         # The last mark: replies to earlier syncs lie before it.
+        self._skipped += mark
         del self._buffer[: mark + 1]
+
+    async def _slow_down(self) -> None:
+        if self._skipped > _FREE_BYTES:
+            await asyncio.sleep(_FLOOD_PAUSE)
 
     async def _line(self, limit: int) -> bytes:
         seen = 0
@@ -168,6 +209,12 @@ class AgentChannel:
         if self._sock is None:
             raise AgentGoneError("The channel to the guest's agent was lost.")
         return self._sock
+
+
+def _sync() -> tuple[int, bytes]:
+    """A number that was never used before, and the question that the agent answers by it."""
+    number = secrets.randbits(48)
+    return number, b"\xff" + _encode("guest-sync-delimited", {"id": number})
 
 
 class _TooLongError(Exception):
@@ -192,6 +239,8 @@ async def _decode(line: bytes) -> Mapping[str, object]:
 
 
 def _parse(line: bytes) -> Mapping[str, object]:
+    if len(line) > _LOOK_ABOVE and sum(map(line.count, (b"{", b"[", b","))) > _MOST_PARTS:
+        raise _GarbageError
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from stratabox.daemon.hypervisor.agent_channel import (
+from stratabox.daemon.hypervisor.guest.agent_channel import (
     AgentChannel,
     AgentGoneError,
     QemuGoneError,
@@ -63,6 +63,10 @@ class GuestAgent:
         self._turn = asyncio.Lock()
         self._port = asyncio.Event()
         self._waiting: asyncio.Timeout | None = None
+        self._early: asyncio.Task[None] | None = None
+        self.has_program = True
+        """The guest may have the program by which commands begin (`wake`): it could be started, or
+        nobody has tried."""
 
     def port_changed(self, *, is_open: bool) -> None:
         """Tell that the guest's agent opened or closed its port (event `AgentPort`, or a reset)."""
@@ -77,6 +81,8 @@ class GuestAgent:
 
     async def close(self) -> None:
         """Let go of the channel; waits for the command that runs."""
+        if self._early is not None:
+            self._early.cancel()
         async with self._turn:
             self._channel.close()
 
@@ -99,17 +105,39 @@ class GuestAgent:
         """Return when the agent answered."""
         await self.execute("guest-ping", timeout=timeout)
 
+    def ask_early(self) -> None:
+        """Ask an agent that does not run yet but will go on with its port open; see `wait_ready`.
+
+        The question is with QEMU when this returns. To be called before the guest is let run: QEMU
+        reads nothing for some 10 ms while it does so, and the guest finds the question as it wakes.
+        """
+        self._channel.begin_sync()
+        self._early = asyncio.create_task(self._hear(_LONGEST_TRY_SECONDS), name="ask early")
+        self._early.add_done_callback(lambda early: early.cancelled() or early.exception())
+
+    @property
+    def is_asked(self) -> bool:
+        """Somebody has asked early, and nobody has waited for the answer yet."""
+        return self._early is not None
+
     async def wait_ready(self, timeout: float) -> None:
         """Return as soon as the agent answers; asked when its port opens, and rarely otherwise."""
         deadline = time.monotonic() + timeout
         patience = _TRY_SECONDS
+        if self._early is not None:
+            early, self._early = self._early, None
+            try:
+                async with asyncio.timeout(timeout):
+                    return await early
+            except (AgentGoneError, TimeoutError):
+                pass  # then as if nobody had asked
         while True:
             await self._wait_port(min(_PORT_SECONDS, deadline - time.monotonic()))
             left = deadline - time.monotonic()
             if left <= 0:
                 raise AgentGoneError(f"The guest's agent did not answer within {timeout:g} s.")
             try:
-                await self.ping(min(patience, left))
+                await self._hear(min(patience, left))
             except AgentGoneError:
                 # Each try leaves a question in the guest's queue: fewer and longer ones, so that
                 # a slow guest can catch up.
@@ -170,6 +198,10 @@ class GuestAgent:
                     return  # an agent without freeze has frozen nothing
                 await asyncio.sleep(_THAW_PAUSE)
 
+    async def get_time(self, timeout: float = REPLY_SECONDS) -> int:
+        """The guest's clock, in ns since 1970 UTC."""
+        return _number(await self.execute("guest-get-time", timeout=timeout), "what time it has")
+
     async def set_time(self, nanoseconds: int, timeout: float = REPLY_SECONDS) -> None:
         """Set the guest's clock, in ns since 1970 UTC. qemu-ga 7.2 wants hwclock in the guest."""
         await self.execute("guest-set-time", {"time": nanoseconds}, timeout=timeout)
@@ -213,6 +245,14 @@ class GuestAgent:
             self._waiting = None
         return _result(command, reply)
 
+    async def _hear(self, timeout: float) -> None:
+        """Return when the agent has answered anything; getting in step is an answer, too."""
+        async with self._turn:
+            if self._channel.in_step:
+                await self._exchange("guest-ping", None, timeout)
+            else:
+                await self._get_in_step(timeout)
+
     async def _get_in_step(self, timeout: float) -> None:
         if self._channel.in_step:
             return
@@ -243,6 +283,10 @@ def _result(command: str, reply: Mapping[str, object]) -> object:
 
 
 def _count(value: object) -> int:
+    return _number(value, "how many file systems")
+
+
+def _number(value: object, what: str) -> int:
     if isinstance(value, int) and value >= 0:
         return value
-    raise AgentGoneError("The guest's agent did not say how many file systems.")
+    raise AgentGoneError(f"The guest's agent did not say {what}.")
