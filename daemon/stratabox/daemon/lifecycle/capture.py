@@ -16,22 +16,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
-from stratabox.daemon.hypervisor.agent import REPLY_SECONDS, GuestAgent
 from stratabox.daemon.hypervisor.domain import Domain
 from stratabox.daemon.hypervisor.machine import ChainLayer
 from stratabox.daemon.lifecycle import policy
-from stratabox.daemon.lifecycle.events import Happening
-from stratabox.daemon.lifecycle.guest import Guest
-from stratabox.daemon.lifecycle.saving import save_memory
-from stratabox.daemon.lifecycle.threads import in_thread, settle, undone_by
+from stratabox.daemon.lifecycle.common.events import Happening
+from stratabox.daemon.lifecycle.common.threads import in_thread, settle, undone_by
+from stratabox.daemon.lifecycle.freezing import Freeze
+from stratabox.daemon.lifecycle.memory.memories import Origin
+from stratabox.daemon.lifecycle.running import parking
+from stratabox.daemon.lifecycle.running.guest import Guest
+from stratabox.daemon.lifecycle.saving import is_readable, save_memory
 from stratabox.daemon.lifecycle.world import World
-from stratabox.storage.catalog import layers, operations, rams, sandboxes, snapshots
+from stratabox.storage.catalog import attachments, layers, operations, rams, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.catalog.operations import Operation
 from stratabox.storage.failpoints import hit
@@ -46,9 +47,6 @@ log = logging.getLogger(__name__)
 
 END_SECONDS = 5.0
 """How long to wait for word of why a QEMU that is gone has ended."""
-
-THAW_SECONDS = 60.0
-"""How long a guest is asked to thaw before it is given up."""
 
 OWN_ERROR = "an error of the daemon's own; its log says more"
 
@@ -74,6 +72,25 @@ class Outcome:
     ram: SavedRam | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a snapshot does to the disks: decided when its turn has come, and written down first."""
+
+    sandbox: Sandbox
+    level: Level
+    steps: Sequence[Switch]
+    running: bool
+    """It has a process, whose disks are switched."""
+
+    def payload(self) -> dict[str, Any]:
+        """As the operation keeps it."""
+        return {
+            "disks": [vars(step) for step in self.steps],
+            "level": self.level,
+            "running": self.running,
+        }
+
+
 class UnsettledError(FailedError):
     """The disks were switched but the catalog could not be told; it will be, before anything else.
 
@@ -88,40 +105,75 @@ def switches_of(payload: Any) -> list[Switch]:
     return [Switch(**entry) for entry in payload.get("disks", ())]
 
 
-async def capture(world: World, guest: Guest, snapshot: Snapshot, operation: Operation) -> Snapshot:
+def plan_of(sandbox: Sandbox, level: Level, *, running: bool) -> Plan:
+    """The steps of a snapshot of this sandbox."""
+    steps = [
+        Switch(
+            index=disk.index,
+            old=disk.layer,
+            new=LayerId(mint()),
+            size=disk.size,
+            serial=disk.serial,
+        )
+        for disk in sandbox.disks
+    ]
+    return Plan(sandbox=sandbox, level=level, steps=steps, running=running)
+
+
+async def capture(
+    world: World, guest: Guest, snapshot: Snapshot, operation: Operation, planned: Plan | None
+) -> Snapshot:
     """Take the snapshot whose CREATING record and operation exist; the caller holds the lock.
 
-    The level is chosen now, by the sandbox's present state.
-
+    :param planned: what the operation's payload says, written under the same lock. None: the level
+        is chosen now, by the sandbox's present state.
     :return: the READY record.
     :raise StrataboxError: why it failed; the record is FAILED and the operation over by then.
     """
     try:
         hit("snapshot.row-written")
-        await guest.settle()
-        sandbox = await guest.record()
-        level = policy.choose_level(
-            snapshot.requested_level,
-            world.config.default_level,
-            sandbox,
-            # Asked only where it matters: a paused guest would be waited for in vain.
-            agent_answers=snapshot.requested_level is None
-            and sandbox.state is SandboxState.RUNNING
-            and await guest.agent_answers(),
-        )
-        return await _take(world, guest, sandbox, snapshot, operation, level)
+        plan = planned or await _plan(world, guest, snapshot, operation)
+        record = await _take(world, guest, snapshot, operation, plan)
+        if origin := Origin.of(record):
+            world.memories.warm(origin)
+        return record
     except UnsettledError:
         raise  # the record is written when the debt is paid
     except OSError as error:
         named = host_error(error)
-        await fail(world, snapshot, operation, named.message)
+        await _fail_surely(world, snapshot, operation, named.message)
         raise named from error
     except StrataboxError as error:
-        await fail(world, snapshot, operation, error.message)
+        await _fail_surely(world, snapshot, operation, error.message)
         raise
     except BaseException:
-        await fail(world, snapshot, operation, OWN_ERROR)
+        await _fail_surely(world, snapshot, operation, OWN_ERROR)
         raise
+
+
+async def _plan(world: World, guest: Guest, snapshot: Snapshot, operation: Operation) -> Plan:
+    await guest.settle()
+    sandbox = await guest.record()
+    level = policy.choose_level(
+        snapshot.requested_level,
+        await _ceiling(world, guest, sandbox, snapshot),
+        sandbox,
+        # Asked only where it matters: a paused guest would be waited for in vain.
+        agent_answers=snapshot.requested_level is None
+        and sandbox.state is SandboxState.RUNNING
+        and await guest.agent_answers(),
+    )
+    made = plan_of(sandbox, level, running=guest.domain is not None)
+    await world.write(lambda tx: operations.amend(tx, operation.id, made.payload()))
+    return made
+
+
+async def _ceiling(world: World, guest: Guest, sandbox: Sandbox, snapshot: Snapshot) -> Level:
+    """The strongest level that a snapshot without a level of its own gets."""
+    ceiling = world.config.default_level
+    if ceiling is Level.MEMORY and snapshot.requested_level is None and sandbox.has_process:
+        return ceiling if await is_readable(guest) else Level.APPLICATION
+    return ceiling
 
 
 async def fail(world: World, snapshot: Snapshot, operation: Operation, reason: str) -> None:
@@ -139,30 +191,15 @@ async def fail(world: World, snapshot: Snapshot, operation: Operation, reason: s
         world.bus.publish(Happening.UPDATED, record)
 
 
+async def _fail_surely(world: World, snapshot: Snapshot, operation: Operation, reason: str) -> None:
+    what = f"the end of snapshot {snapshot.id}"
+    await world.surely(lambda: fail(world, snapshot, operation, reason), what)
+
+
 async def _take(
-    world: World,
-    guest: Guest,
-    sandbox: Sandbox,
-    snapshot: Snapshot,
-    operation: Operation,
-    level: Level,
+    world: World, guest: Guest, snapshot: Snapshot, operation: Operation, plan: Plan
 ) -> Snapshot:
-    steps = [
-        Switch(
-            index=disk.index,
-            old=disk.layer,
-            new=LayerId(mint()),
-            size=disk.size,
-            serial=disk.serial,
-        )
-        for disk in sandbox.disks
-    ]
-    payload: dict[str, Any] = {
-        "disks": [vars(step) for step in steps],
-        "level": level,
-        "running": guest.domain is not None,
-    }
-    await world.write(lambda tx: operations.amend(tx, operation.id, payload))
+    steps = plan.steps
     overlays = [NewOverlay(step.new, step.old, step.size) for step in steps]
     await in_thread(world.store.make_overlays, overlays)
     async with undone_by(
@@ -172,9 +209,12 @@ async def _take(
     domain = guest.domain
     outcome: Outcome | StrataboxError
     if domain is None:
-        outcome = Outcome(consistency=level, frozen=0, stall=None)
+        async with undone_by(
+            lambda: in_thread(world.store.remove_overlays, [step.new for step in steps])
+        ):
+            outcome = await _take_still(world, plan.sandbox, snapshot, plan.level)
     else:
-        outcome = await _switch_running(world, guest, snapshot, operation, payload, steps, level)
+        outcome = await _switch_running(world, guest, snapshot, operation, plan)
         if isinstance(outcome, StrataboxError) and not world.launcher.is_alive(domain.handle):
             outcome = await _name_the_end(domain, outcome)
     record, outcome = await finish(world, guest, snapshot, operation, steps, outcome)
@@ -183,36 +223,43 @@ async def _take(
     return record
 
 
+async def _take_still(world: World, sandbox: Sandbox, snapshot: Snapshot, level: Level) -> Outcome:
+    """Of a sandbox without a process: its disks, and the memory of one that is paused to disk."""
+    ram = None
+    if level is Level.MEMORY:
+        ram = await parking.as_snapshot(world, sandbox, snapshot.id)
+        hit("snapshot.memory-saved")
+    return Outcome(consistency=level, frozen=0, stall=None, ram=ram)
+
+
 async def _switch_running(
     world: World,
     guest: Guest,
     snapshot: Snapshot,
     operation: Operation,
-    payload: dict[str, Any],
-    steps: Sequence[Switch],
-    level: Level,
+    plan: Plan,
 ) -> Outcome | StrataboxError:
     """Switch a running domain's disks. An error that is *returned* came after the switch."""
+    level = plan.level
     domain, layout = guest.require_domain(), world.store.layout
     pairs = [
         (
             ChainLayer(id=step.old, path=layout.layer(step.old)),
             ChainLayer(id=step.new, path=layout.layer(step.new)),
         )
-        for step in steps
+        for step in plan.steps
     ]
-    freeze = Freeze(world, guest.require_agent(), operation, payload)
+    freeze = Freeze(world, guest.require_agent(), operation, plan.payload())
     try:
+        if level is Level.CRASH:
+            seconds = await domain.disks.prepare_and_switch(pairs)
+            hit("snapshot.switched")
+            stall = timedelta(seconds=seconds)
+            return Outcome(consistency=level, frozen=0, stall=stall)
         await domain.disks.prepare([new for _, new in pairs])
         if level is Level.MEMORY:
             ram = await save_memory(world, guest, snapshot, pairs)
             return Outcome(consistency=level, frozen=0, stall=ram.pause, ram=ram)
-        if level is Level.CRASH:
-            begun = time.monotonic()
-            await domain.disks.switch(pairs)
-            hit("snapshot.switched")
-            stall = timedelta(seconds=time.monotonic() - begun)
-            return Outcome(consistency=level, frozen=0, stall=stall)
         await freeze.begin()
         try:
             hit("snapshot.frozen")
@@ -289,9 +336,9 @@ async def finish(
     :raise UnsettledError: when the catalog cannot be written now; the guest owes it.
     """
     old_layers = [step.old for step in steps]
-    layer_bytes = 0
+    sizes = dict.fromkeys(old_layers, 0)
     try:
-        layer_bytes = await in_thread(world.store.seal, old_layers)
+        sizes = await in_thread(world.store.seal, old_layers)
         hit("snapshot.sealed")
     except OSError as error:
         outcome = host_error(error)
@@ -300,7 +347,7 @@ async def finish(
 
     def write(tx: Transaction) -> Snapshot:
         live = sandboxes.get(tx, guest.id)
-        parent = _parent(tx, steps[0].old) if steps else None
+        parent = _parent(tx, steps[0].old, snapshot.workspace) if steps else None
         for step in steps:
             layers.insert(
                 tx,
@@ -312,7 +359,7 @@ async def finish(
                     created_at=tx.now,
                 ),
             )
-        layers.seal(tx, old_layers)
+        layers.seal(tx, sizes)
         new_layer = {step.index: step.new for step in steps}
         sandboxes.change(
             tx,
@@ -322,7 +369,8 @@ async def finish(
         operations.end(tx, operation.id)
         if isinstance(outcome, Outcome) and outcome.ram is not None:
             rams.insert(tx, snapshot.id, outcome.ram)
-            sandboxes.change(tx, guest.id, ram_since=snapshot.id)
+            if live.has_process:
+                sandboxes.change(tx, guest.id, ram_since=snapshot.id)
         if isinstance(outcome, StrataboxError):
             return snapshots.change(
                 tx,
@@ -341,9 +389,10 @@ async def finish(
                 Disk(index=step.index, layer=step.old, size=step.size, serial=step.serial)
                 for step in steps
             ),
-            layer_bytes=layer_bytes,
+            layer_bytes=sum(sizes.values()),
             ready_at=tx.now,
             parent=parent,
+            volumes=tuple(attachments.mount_of(each) for each in live.volumes),
         )
 
     records: list[Snapshot] = []
@@ -363,106 +412,15 @@ async def finish(
             " before anything else happens to the sandbox",
             snapshot_id=snapshot.id,
         ) from error
+    world.chains_changed.set()
     hit("snapshot.ready-written")
     return records[0], outcome
 
 
-def _parent(tx: Transaction, layer: LayerId) -> Any:
+def _parent(tx: Transaction, layer: LayerId, workspace: str) -> Any:
     """The nearest snapshot below a layer that is about to be sealed."""
     for below in layers.chain(tx, layer)[1:]:
-        found = snapshots.holding(tx, below.id)
+        found = snapshots.holding(tx, below.id, workspace)
         if found:
             return found
     return None
-
-
-async def thaw(agent: GuestAgent) -> int | None:
-    """Thaw all file systems, whatever it takes; how many were, where the agent said so.
-
-    The guest may hang without it, so this goes on, with new connections, for as long as the agent
-    may need to come back. A guest that does not answer even then is logged, and stays as it is.
-    """
-    count: int | None
-    try:
-        count = await agent.fsfreeze_thaw()
-    except StrataboxError:
-        count = None
-    try:
-        await agent.ensure_thawed(THAW_SECONDS)
-    except StrataboxError as error:
-        log.error("%s", error)
-        return None
-    return count
-
-
-class Freeze:
-    """File systems held still: begun, counted, and ended whatever happens in between."""
-
-    def __init__(
-        self, world: World, agent: GuestAgent, operation: Operation, payload: dict[str, Any]
-    ) -> None:
-        self.frozen = 0
-        self.stall: timedelta | None = None
-        self._world = world
-        self._agent = agent
-        self._operation = operation
-        self._payload = payload
-        self._begun = 0.0
-
-    async def begin(self) -> None:
-        """Freeze all file systems; thawed again when this raises.
-
-        :raise FailedError: FREEZE_FAILED.
-        :raise UnavailableError: AGENT_UNAVAILABLE.
-        """
-        await self._note(freezing=True)
-        hit("snapshot.freeze-intended")
-        seconds = self._world.config.freeze_timeout
-        # Before the freeze is asked for nothing needs to be undone: an agent that is deaf
-        # already is not waited for a second time.
-        status = await self._agent.fsfreeze_status(min(seconds, REPLY_SECONDS))
-        self._begun = time.monotonic()
-        try:
-            if status != "thawed":
-                raise FailedError(
-                    f"the guest's file systems were {status} already, by somebody else;"
-                    " they have been thawed",
-                    reason="FREEZE_FAILED",
-                )
-            self.frozen = await self._agent.fsfreeze_freeze(seconds)
-            if self.frozen == 0:
-                raise FailedError("the guest's agent froze no file system", reason="FREEZE_FAILED")
-        except BaseException:
-            await settle(self.end())
-            raise
-
-    async def write_count(self) -> None:
-        """Persist how many were frozen, so that a killed daemon can still judge the thaw."""
-        await self._note(frozen=self.frozen)
-
-    async def end(self) -> int | None:
-        """Thaw, whatever it takes; returns how many file systems were, where the agent said so."""
-        thawed = await thaw(self._agent)
-        self.stall = timedelta(seconds=time.monotonic() - self._begun)
-        return thawed
-
-    def verdict(self, thawed: int | None) -> str | None:
-        """What is wrong with the counts; None when they prove that nothing thawed in between."""
-        if thawed == self.frozen:
-            return None
-        if thawed is None:
-            return "the guest's agent did not say how many file systems it thawed"
-        if thawed > self.frozen:
-            return (
-                f"{thawed - self.frozen} of the guest's {thawed} file systems were frozen already,"
-                " by somebody else; they have been thawed"
-            )
-        return (
-            f"{self.frozen} file systems were frozen but {thawed} were thawed: something in the"
-            " guest ended the freeze early"
-        )
-
-    async def _note(self, **entries: Any) -> None:
-        self._payload.update(entries)
-        payload = dict(self._payload)
-        await self._world.write(lambda tx: operations.amend(tx, self._operation.id, payload))

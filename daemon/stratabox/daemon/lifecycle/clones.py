@@ -8,12 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stratabox.daemon.lifecycle import policy
-from stratabox.daemon.lifecycle.guests import Guests
-from stratabox.daemon.lifecycle.once import Flights, Key
+from stratabox.daemon.lifecycle.common.once import Flights, Key
+from stratabox.daemon.lifecycle.common.threads import settle
+from stratabox.daemon.lifecycle.creation import NewSandbox
 from stratabox.daemon.lifecycle.policy import Resources
-from stratabox.daemon.lifecycle.sandboxes import NewSandbox, Sandboxes
+from stratabox.daemon.lifecycle.running import probing
+from stratabox.daemon.lifecycle.running.guests import Guests
+from stratabox.daemon.lifecycle.sandboxes import Sandboxes
+from stratabox.daemon.lifecycle.saving import is_readable
 from stratabox.daemon.lifecycle.snapshots import NewSnapshot, Snapshots
-from stratabox.daemon.lifecycle.threads import settle
+from stratabox.daemon.lifecycle.volumes import claims
+from stratabox.daemon.lifecycle.volumes.claims import Wish
 from stratabox.daemon.lifecycle.world import World
 from stratabox.storage.catalog import operations, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
@@ -22,8 +27,13 @@ from stratabox.storage.failpoints import hit
 from stratabox.storage.files.durable import host_error
 from stratabox.storage.model.errors import InvalidArgumentError, NotFoundError, StrataboxError
 from stratabox.storage.model.ids import SandboxId, SnapshotId, mint
+from stratabox.storage.model.network import Network
+from stratabox.storage.model.probes import Probe
 from stratabox.storage.model.records import Sandbox, Snapshot
-from stratabox.storage.model.states import Level, SnapshotState
+from stratabox.storage.model.states import Identity, Level, SnapshotState
+
+TURN_SECONDS = 2.0
+"""Until the next copy is begun although one is not ready: ten times what it should take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +46,17 @@ class NewClone:
     resources: Resources = field(default_factory=Resources)
     env: Mapping[str, str] = field(default_factory=dict)
     level: Level | None = None
+    identity: Identity | None = None
+    """Who the copies are; None: somebody new each."""
+    paused: bool = False
+    volumes: Sequence[Wish] = ()
+    """Each copy gets them; so several copies can only read them."""
+    network: Network | None = None
+    """What the copies may reach; None: what the source may."""
+    probe: Probe | None = None
+    """What must pass before a copy is ready; None: the source's."""
     ready_timeout: float | None = None
-    """Seconds to wait until each copy's agent answers; None: do not wait."""
+    """Seconds to wait until each copy is ready; None: do not wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +104,9 @@ class Clones:
                 field="storage",
             )  # fmt: skip
         policy.check_env(wanted.env)
+        claims.check(wanted.volumes)
+        if wanted.probe:
+            probing.check(wanted.probe)
         last = f"{wanted.name}-{wanted.count}" if wanted.name and wanted.count > 1 else wanted.name
         for name in (last, wanted.snapshot_name):
             if name:
@@ -136,14 +158,19 @@ class Clones:
                 task.cancel()
             if copies:
                 await settle(asyncio.wait(copies))
-            await settle(self.undo(operation))
+            what = f"the undoing of a clone of {reference}"
+            await settle(self._world.surely(lambda: self.undo(operation), what))
             raise
 
     async def _best_level(self, reference: str, wanted: NewClone) -> Level | None:
         """Memory for a guest that runs and is copied as it is; else what its disks allow."""
-        _, record = await self._guests.find(reference)
+        guest, record = await self._guests.find(reference)
         as_it_is = wanted.resources.cpus is None and wanted.resources.memory is None
-        return Level.MEMORY if as_it_is and record.state.has_process and record.ready else None
+        if as_it_is and record.ram_parked:
+            return Level.MEMORY
+        if as_it_is and record.has_process and record.answers and await is_readable(guest):
+            return Level.MEMORY
+        return None
 
     async def undo(self, operation: Operation) -> None:
         """Remove what a clone has made. Also for one that a killed daemon left."""
@@ -169,15 +196,20 @@ class Clones:
         name = wanted.name
         if name and wanted.count > 1:
             name = f"{name}-{number}"
-        return await self._sandboxes.create(
-            NewSandbox(
-                snapshot=snapshot.id,
-                name=name,
-                resources=wanted.resources,
-                env=wanted.env,
-                ready_timeout=wanted.ready_timeout,
-            )
+        new = NewSandbox(
+            snapshot=snapshot.id,
+            name=name,
+            resources=wanted.resources,
+            env=wanted.env,
+            identity=wanted.identity,
+            paused=wanted.paused,
+            volumes=wanted.volumes,
+            probe=wanted.probe,
+            network=wanted.network,
+            ready_timeout=wanted.ready_timeout,
         )
+        async with self._world.rush.copies.turn(TURN_SECONDS):
+            return await self._sandboxes.create(new)
 
     async def _again(self, before: Mapping[str, str]) -> Cloned:
         def look(tx: Transaction) -> Cloned:

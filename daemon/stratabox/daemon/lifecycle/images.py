@@ -6,9 +6,11 @@ removes it at its next start. Builders work in a folder of their own under ``wor
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,15 +19,15 @@ from stratabox.daemon.images.cache import cached
 from stratabox.daemon.images.debian import build_debian
 from stratabox.daemon.images.importer import import_disk
 from stratabox.daemon.images.tiny import build_tiny
-from stratabox.daemon.lifecycle import policy
-from stratabox.daemon.lifecycle.events import Happening
-from stratabox.daemon.lifecycle.threads import in_thread, settle, undone_by
+from stratabox.daemon.lifecycle import budget, policy
+from stratabox.daemon.lifecycle.common.events import Happening
+from stratabox.daemon.lifecycle.common.threads import in_thread, settle, undone_by
 from stratabox.daemon.lifecycle.world import World
 from stratabox.storage.catalog import images, layers, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.failpoints import hit
 from stratabox.storage.model.errors import DeniedError
-from stratabox.storage.model.ids import ImageId, mint
+from stratabox.storage.model.ids import ImageId, LayerId, mint
 from stratabox.storage.model.records import Image, KernelBoot, Layer
 from stratabox.storage.model.states import ImageState, LayerState
 from stratabox.storage.qcow2 import qemu_img
@@ -99,11 +101,17 @@ class Images:
         return await self._make(name or "tiny", "tiny", build, replace=replace)
 
     async def import_file(
-        self, name: str, declared: str, receive: Callable[[Path], Awaitable[None]]
+        self,
+        name: str,
+        declared: str,
+        receive: Callable[[Path], Awaitable[None]],
+        *,
+        cloud_init: bool = False,
     ) -> Image:
         """Take a disk image that boots by itself.
 
         :param declared: "qcow2" or "raw": how to read it; never guessed.
+        :param cloud_init: its guests set themselves up by a seed.
         :param receive: writes the file's bytes to the path that it is given.
         :raise AlreadyExistsError: IMAGE_ALREADY_EXISTS.
         :raise InvalidArgumentError: INVALID_IMAGE.
@@ -113,11 +121,32 @@ class Images:
         async def build(work: Path) -> BuiltImage:
             source = work / "upload"
             await receive(source)
-            return await import_disk(
+            built = await import_disk(
                 source, declared, work, max_bytes=self._world.config.max_image_bytes
             )
+            return dataclasses.replace(built, cloud_init=cloud_init)
 
         return await self._make(name, "import", build, replace=False)
+
+    async def import_archive(self, name: str, builder: Builder) -> Image:
+        """Take an image that comes as an archive.
+
+        :param builder: receives it into the folder that it is given.
+        :raise AlreadyExistsError: IMAGE_ALREADY_EXISTS.
+        :raise InvalidArgumentError: INVALID_ARCHIVE.
+        :raise NoSpaceError: NO_SPACE.
+        """
+        return await self._make(name, "import", builder, replace=False)
+
+    @contextmanager
+    def keeping_blobs(self) -> Iterator[None]:
+        """Meanwhile no blob is removed: some are stored whose record is not written yet."""
+        holder = ImageId(mint())
+        self._busy.add(holder)
+        try:
+            yield
+        finally:
+            self._busy.discard(holder)
 
     async def delete(self, reference: str) -> DeletedImage:
         """Remove an image that nothing needs.
@@ -153,7 +182,12 @@ class Images:
             origin=origin,
             created_at=await world.read(lambda tx: tx.now),
         )
-        await world.write(lambda tx: images.insert(tx, image))
+
+        def write(tx: Transaction) -> None:
+            budget.check(tx, world.config, world.store.layout, "an image")
+            images.insert(tx, image)
+
+        await world.write(write)
         work = world.store.layout.work / image.id
         self._busy.add(image.id)
         try:
@@ -168,7 +202,8 @@ class Images:
                 # First of all: on a full disk the catalog can take nothing before this is gone.
                 await in_thread(shutil.rmtree, work, ignore_errors=True)
         except BaseException:
-            await settle(self.discard(image.id))
+            what = f"the undoing of image {image.id}"
+            await settle(world.surely(lambda: self.discard(image.id), what))
             raise
         finally:
             self._busy.discard(image.id)
@@ -190,11 +225,11 @@ class Images:
                     command_line=built.command_line,
                 )
             size = qemu_img.virtual_size(built.disk)
-            layer = store.adopt_image_layer(built.disk)
+            layer = store.adopt_image_layer(built.disk, LayerId(image))
             created = image_record.created_at
             return Layer(
                 id=layer, parent=None, state=LayerState.SEALED, size=size,
-                created_at=created, sealed_at=created,
+                created_at=created, sealed_at=created, bytes=store.bytes_of([layer]),
             ), boot  # fmt: skip
 
         image_record = await self._world.read(lambda tx: images.get(tx, image))
@@ -211,6 +246,7 @@ class Images:
                 layer=layer.id,
                 size=layer.size,
                 kernel_boot=boot,
+                cloud_init=built.cloud_init,
             )
             return ready, replaced
 

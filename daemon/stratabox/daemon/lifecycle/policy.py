@@ -123,6 +123,16 @@ def check_tags(tags: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(tags))
 
 
+def check_verify(wanted: bool, *, has_memory: bool) -> None:
+    """:raise InvalidArgumentError: INVALID_ARGUMENT, when there is no saved memory to verify."""
+    if wanted and not has_memory:
+        raise InvalidArgumentError(
+            "verify compares saved memory with its checksums, and this boots from disks;"
+            " 'stratabox check' looks at what is kept of disks",
+            field="verify",
+        )
+
+
 def check_data_disks(sizes: Sequence[int]) -> None:
     """:raise InvalidArgumentError: INVALID_RESOURCES, for too many or impossible sizes (GiB)."""
     if len(sizes) > MAX_DATA_DISKS:
@@ -173,9 +183,10 @@ def require_state(sandbox: Sandbox, *allowed: SandboxState, action: str) -> None
     """:raise DeniedError: INVALID_STATE, when the sandbox is in no state that allows `action`."""
     if sandbox.state not in allowed:
         reason = f" ({sandbox.state_reason})" if sandbox.state_reason else ""
+        way = "; resume it" if sandbox.ram_parked else ""
         raise DeniedError(
             f"cannot {action} sandbox {sandbox.name!r}: it is {sandbox.state}{reason};"
-            f" that takes {' or '.join(allowed)}",
+            f" that takes {' or '.join(allowed)}{way}",
             reason="INVALID_STATE",
             sandbox=sandbox.id,
             state=sandbox.state,
@@ -212,21 +223,16 @@ def choose_level(
         )
         levels = list(Level)
         allowed = levels[: levels.index(ceiling) + 1]
-        if Level.MEMORY in allowed and why_not(Level.MEMORY, sandbox) is None and sandbox.ready:
+        memory = why_not(Level.MEMORY, sandbox) is None and is_past_boot(sandbox)
+        if Level.MEMORY in allowed and memory:
             wanted = Level.MEMORY
         elif Level.APPLICATION in allowed and possible:
             wanted = Level.APPLICATION
         else:
             wanted = Level.CRASH
     because = why_not(wanted, sandbox)
-    if because is None and wanted is Level.MEMORY and not sandbox.ready:
-        # Firmware that reads its tables at that instant finds them broken after a restore.
-        raise DeniedError(
-            f"sandbox {sandbox.name!r} is starting: its memory can be saved once its agent has"
-            " answered",
-            reason="GUEST_BOOTING",
-            sandbox=sandbox.id,
-        )
+    if because is None and wanted is Level.MEMORY:
+        _require_past_boot(sandbox)
     if because:
         raise DeniedError(
             f"no {wanted} snapshot of sandbox {sandbox.name!r} is possible: {because}",
@@ -235,6 +241,31 @@ def choose_level(
             state=sandbox.state,
         )
     return wanted
+
+
+def check_can_park(sandbox: Sandbox) -> None:
+    """Whether a sandbox with a process can be paused to disk.
+
+    :raise DeniedError: INVALID_STATE or GUEST_BOOTING.
+    """
+    require_state(sandbox, SandboxState.RUNNING, SandboxState.PAUSED, action="pause to disk")
+    _require_past_boot(sandbox)
+
+
+def is_past_boot(sandbox: Sandbox) -> bool:
+    """Its agent has answered since it was started, or had before it was paused to disk."""
+    return sandbox.answers or sandbox.ram_parked is not None
+
+
+def _require_past_boot(sandbox: Sandbox) -> None:
+    if not is_past_boot(sandbox):
+        # Firmware that reads its tables at that instant finds them broken after a restore.
+        raise DeniedError(
+            f"sandbox {sandbox.name!r} is starting: its memory can be saved once its agent has"
+            " answered",
+            reason="GUEST_BOOTING",
+            sandbox=sandbox.id,
+        )
 
 
 def _check_map(what: str, entries_of: Mapping[str, str], *, entries: int, size: int) -> None:

@@ -1,0 +1,1 @@
+"""Chains are kept short: layers are written anew in the background, as *jobs*."""

@@ -1,0 +1,40 @@
+"""Streams that would go on for ever end with the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any, TypeVar
+
+from stratabox.daemon.lifecycle.common.events import Bus
+from stratabox.storage.model.errors import UnavailableError
+
+T = TypeVar("T")
+
+
+async def until_end(bus: Bus, source: AsyncGenerator[T, None]) -> AsyncIterator[T]:
+    """All of `source`, which is closed at the end, whichever comes first.
+
+    :raise UnavailableError: DAEMON_ENDING.
+    """
+    over = asyncio.ensure_future(bus.over.wait())
+    try:
+        while True:
+            coming: asyncio.Future[T | None] = asyncio.ensure_future(anext(source, None))
+            either: set[asyncio.Future[Any]] = {coming, over}
+            try:
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+                if not coming.done():
+                    raise UnavailableError(
+                        "the daemon is ending: watch again when it is back", reason="DAEMON_ENDING"
+                    )
+            finally:
+                coming.cancel()
+                await asyncio.wait({coming})
+            item = coming.result()
+            if item is None:
+                return
+            yield item
+    finally:
+        over.cancel()
+        await source.aclose()

@@ -1,0 +1,1 @@
+"""Volumes: making and keeping them, and giving them to sandboxes."""
