@@ -1,7 +1,8 @@
-"""``strataboxd``: runs the daemon, examines the host, shows the configuration.
+"""``strataboxd``: runs the daemon, examines the host, shows the configuration, mends the catalog.
 
 Runs and prints, nothing else: ``app`` is the daemon, ``config`` the configuration, ``doctor`` the
-examination. Nothing here needs the [daemon] extra until the daemon is really started.
+examination, ``catalog_tool`` the catalog's backups, ``key_tool`` the API keys. Nothing here needs
+the [daemon] extra until the daemon is really started.
 
 Exit codes: 0 all is well; 1 it failed (or the doctor found something that must be mended); 2 the
 command line or the configuration is wrong.
@@ -12,14 +13,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 
-from stratabox.daemon import doctor, extras
+from stratabox.daemon import catalog_tool, doctor, extras, key_tool, logs
 from stratabox.daemon.config import Config, add_flags, from_flags
 from stratabox.daemon.config.keys import LauncherName
 from stratabox.storage.model.errors import InvalidArgumentError, StrataboxError
@@ -27,7 +27,7 @@ from stratabox.storage.model.errors import InvalidArgumentError, StrataboxError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``strataboxd`` with these arguments and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     try:
         config = from_flags(vars(arguments), os.environ)
     except InvalidArgumentError as error:
@@ -36,17 +36,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if arguments.command is None:
         return _run(config)
-    show = _doctor if arguments.command == "doctor" else _show_config
     try:
-        code = show(config, as_json=arguments.json)
+        code = _show(config, arguments)
         sys.stdout.flush()
+    except StrataboxError as error:
+        print(f"strataboxd: {error.message}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the reader has seen enough, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _show(config: Config, arguments: argparse.Namespace) -> int:
+    as_json: bool = arguments.json
+    match arguments.command, getattr(arguments, "verb", None):
+        case "doctor", _:
+            return _doctor(config, as_json=as_json)
+        case "catalog", "list-backups":
+            return catalog_tool.list_backups(config, as_json=as_json)
+        case "catalog", _:
+            return catalog_tool.restore(config, arguments.backup, as_json=as_json)
+        case "key", _:
+            return key_tool.run(config, arguments, as_json=as_json)
+    return _show_config(config, as_json=as_json)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All that the command line takes."""
     parser = argparse.ArgumentParser(
         prog="strataboxd",
         allow_abbrev=False,
@@ -65,7 +82,23 @@ def _parser() -> argparse.ArgumentParser:
     show = config.add_subparsers(metavar="COMMAND", required=True).add_parser(
         "show", allow_abbrev=False, help="print every key, its value and where that came from"
     )
-    for command in (examine, show):
+    catalog = commands.add_parser(
+        "catalog", allow_abbrev=False, help="backups of the catalog, for when it is damaged"
+    ).add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    listing = catalog.add_parser(
+        "list-backups", allow_abbrev=False, help="print all backups, and whether each is good"
+    )
+    restore = catalog.add_parser(
+        "restore",
+        allow_abbrev=False,
+        help="put a backup in the catalog's place, with no daemon running; the catalog that is "
+        "there now is kept aside",
+    )
+    restore.add_argument(
+        "backup", nargs="?", metavar="BACKUP", help="its name; without: the newest that is good"
+    )
+    keys = key_tool.add_commands(commands)
+    for command in (examine, show, listing, restore, *keys):
         command.add_argument("--json", action="store_true", help="print JSON for programs")
         add_flags(command)
     return parser
@@ -89,9 +122,7 @@ def _run(config: Config) -> int:
     os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     from stratabox.daemon.app import serve
 
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.begin(config)
     try:
         asyncio.run(serve(config))
     except StrataboxError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-DAEMON = ("qemu.qmp", "grpc_health", "grpc_reflection")
+DAEMON = ("qemu.qmp", "grpc_health", "grpc_reflection", "fastapi", "uvicorn")
 """Modules that the [daemon] extra brings."""
 LIBVIRT = ("libvirt",)
 """Modules that the [libvirt] extra adds."""

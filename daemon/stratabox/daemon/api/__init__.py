@@ -1,6 +1,5 @@
 """The edge: message in, one call of a use case, message out.
 
-The only place that knows gRPC and status codes. ``errors`` has the one map from our errors to
-codes, ``convert`` turns records into messages and back, and there is one thin servicer for each
-service.
+Our own API's words; ``daemon.tenki`` has Tenki's, and ``daemon.rpc`` what both share. ``convert``
+turns records into messages and back, and there is one thin servicer for each service.
 """

@@ -11,21 +11,49 @@ from google.protobuf import duration_pb2, timestamp_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 
-from stratabox.daemon.api.errors import status_of
-from stratabox.daemon.lifecycle.events import Event, Happening
-from stratabox.daemon.lifecycle.once import Key
+from stratabox.daemon.lifecycle.common.events import Event, Happening
+from stratabox.daemon.lifecycle.common.once import Key
+from stratabox.daemon.lifecycle.keeping import Rhythm
 from stratabox.daemon.lifecycle.policy import Resources
+from stratabox.daemon.lifecycle.volumes.claims import Wish
+from stratabox.daemon.rpc.errors import status_of
+from stratabox.storage.catalog.space import Space
 from stratabox.storage.model.errors import InvalidArgumentError, StrataboxError
-from stratabox.storage.model.records import Image, Machine, Sandbox, Snapshot
-from stratabox.storage.model.states import Boot, Level, SandboxState, SnapshotState
-from stratabox.v1 import records_pb2
+from stratabox.storage.model.records import (
+    Attachment,
+    Image,
+    Machine,
+    Mount,
+    Sandbox,
+    Schedule,
+    Snapshot,
+)
+from stratabox.storage.model.states import (
+    Boot,
+    Identity,
+    Level,
+    SandboxState,
+    SnapshotState,
+    TimeoutAction,
+)
+from stratabox.v1 import records_pb2, sandboxes_pb2
 
 _KEY_BYTES = 256
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 _LEVELS = {
     Level.CRASH: records_pb2.SNAPSHOT_LEVEL_CRASH,
     Level.APPLICATION: records_pb2.SNAPSHOT_LEVEL_APPLICATION,
     Level.MEMORY: records_pb2.SNAPSHOT_LEVEL_MEMORY,
+}
+_IDENTITIES = {
+    Identity.KEEP: records_pb2.IDENTITY_POLICY_KEEP,
+    Identity.RENEW: records_pb2.IDENTITY_POLICY_RENEW,
+}
+_ON_TIMEOUT = {
+    TimeoutAction.TERMINATE: records_pb2.TIMEOUT_ACTION_TERMINATE,
+    TimeoutAction.PAUSE: records_pb2.TIMEOUT_ACTION_PAUSE,
+    TimeoutAction.SNAPSHOT: records_pb2.TIMEOUT_ACTION_SNAPSHOT,
 }
 _HAPPENINGS = {
     Happening.PRESENT: records_pb2.EVENT_TYPE_PRESENT,
@@ -35,8 +63,15 @@ _HAPPENINGS = {
 }
 
 
-def sandbox(record: Sandbox, depths: Mapping[int, int]) -> records_pb2.Sandbox:
-    """A sandbox's message; `depths` has each disk's chain depth by its index."""
+def sandbox(
+    record: Sandbox, depths: Mapping[int, int], memory_bytes: int, takes: Space
+) -> records_pb2.Sandbox:
+    """A sandbox's message.
+
+    :param depths: each disk's chain depth by its index.
+    :param memory_bytes: what its memory takes while it is paused to disk.
+    :param takes: what all of it takes on the disk.
+    """
     return records_pb2.Sandbox(
         id=record.id,
         name=record.name,
@@ -68,7 +103,54 @@ def sandbox(record: Sandbox, depths: Mapping[int, int]) -> records_pb2.Sandbox:
         ],
         machine=machine(record.machine),
         generation=record.generation,
+        paused_to_disk=record.ram_parked is not None,
+        memory_bytes=memory_bytes,
+        expires_at=timestamp(record.expires_at),
+        on_timeout=_ON_TIMEOUT[record.on_timeout],
+        space=space(takes),
+        keep_last=record.keep_last,
+        snapshot_schedule=schedule(record.schedule),
+        volumes=[mount(each) for each in record.volumes],
+        left_behind=[mount(each) for each in record.left_behind],
     )
+
+
+def space(takes: Space) -> records_pb2.Space:
+    """What a record takes on the disk."""
+    return records_pb2.Space(
+        logical_bytes=takes.logical, own_bytes=takes.own, shared_bytes=takes.shared
+    )
+
+
+def schedule(record: Schedule | None) -> records_pb2.SnapshotSchedule | None:
+    """A schedule's message; None leaves the field unset."""
+    if record is None:
+        return None
+    return records_pb2.SnapshotSchedule(
+        every=duration(record.every),
+        level=level(record.level),
+        next_at=timestamp(record.next_at),
+    )
+
+
+def mount(record: Mount) -> records_pb2.VolumeMount:
+    """A volume's place in a sandbox, as a message."""
+    return records_pb2.VolumeMount(
+        volume=record.volume,
+        volume_name=record.volume_name,
+        path=record.path,
+        read_only=record.read_only,
+        state=(
+            records_pb2.AttachmentState.Value(f"ATTACHMENT_STATE_{record.state.upper()}")
+            if isinstance(record, Attachment)
+            else records_pb2.ATTACHMENT_STATE_UNSPECIFIED
+        ),
+    )
+
+
+def wishes_from(messages: Iterable[records_pb2.VolumeMount]) -> list[Wish]:
+    """The volumes that a sandbox is to have."""
+    return [Wish(volume=each.volume, path=each.path, read_only=each.read_only) for each in messages]
 
 
 def machine(record: Machine) -> records_pb2.Machine:
@@ -79,11 +161,15 @@ def machine(record: Machine) -> records_pb2.Machine:
         cpu_model=record.cpu_model,
         qemu_version=record.qemu_version,
         firmware_sha256=record.firmware_sha256,
+        volumes=record.volumes,
     )
 
 
-def snapshot(record: Snapshot) -> records_pb2.Snapshot:
-    """A snapshot's message."""
+def snapshot(record: Snapshot, takes: Space) -> records_pb2.Snapshot:
+    """A snapshot's message.
+
+    :param takes: what all of it takes on the disk.
+    """
     ram = record.ram
     return records_pb2.Snapshot(
         id=record.id,
@@ -116,11 +202,18 @@ def snapshot(record: Snapshot) -> records_pb2.Snapshot:
             if ram
             else records_pb2.PAGE_TRACKING_UNSPECIFIED
         ),
+        machine=machine(record.machine),
+        space=space(takes),
+        volumes=[mount(each) for each in record.volumes],
     )
 
 
-def image(record: Image, layer_bytes: int) -> records_pb2.Image:
-    """An image's message; `layer_bytes` is what its layer takes on the disk."""
+def image(record: Image, layer_bytes: int, takes: Space) -> records_pb2.Image:
+    """An image's message.
+
+    :param layer_bytes: what its disk takes.
+    :param takes: the same, and what of it is its own.
+    """
     boot = record.kernel_boot
     return records_pb2.Image(
         id=record.id,
@@ -134,11 +227,13 @@ def image(record: Image, layer_bytes: int) -> records_pb2.Image:
         origin=record.origin,
         size_bytes=record.size,
         layer_bytes=layer_bytes,
+        space=space(takes),
         kernel_sha256=boot.kernel if boot else "",
         initrd_sha256=boot.initrd if boot else "",
         kernel_command_line=boot.command_line if boot else "",
         created_at=timestamp(record.created_at),
         generation=record.generation,
+        cloud_init=record.cloud_init,
     )
 
 
@@ -168,6 +263,46 @@ def level_from(value: records_pb2.SnapshotLevel.ValueType) -> Level | None:
         if theirs == value:
             return ours
     raise InvalidArgumentError(f"there is no snapshot level {value}", field="level")
+
+
+def identity_from(value: records_pb2.IdentityPolicy.ValueType) -> Identity | None:
+    """An identity policy; None for unspecified.
+
+    :raise InvalidArgumentError: for one that is not known.
+    """
+    if value == records_pb2.IDENTITY_POLICY_UNSPECIFIED:
+        return None
+    for ours, theirs in _IDENTITIES.items():
+        if theirs == value:
+            return ours
+    raise InvalidArgumentError(f"there is no identity policy {value}", field="identity")
+
+
+def on_timeout_from(value: records_pb2.TimeoutAction.ValueType) -> TimeoutAction:
+    """What is done when the time is up; unspecified: terminate.
+
+    :raise InvalidArgumentError: for one that is not known.
+    """
+    if value == records_pb2.TIMEOUT_ACTION_UNSPECIFIED:
+        return TimeoutAction.TERMINATE
+    for ours, theirs in _ON_TIMEOUT.items():
+        if theirs == value:
+            return ours
+    raise InvalidArgumentError(f"there is no action {value} on timeout", field="on_timeout")
+
+
+def rhythm_from(
+    message: records_pb2.Sandbox | sandboxes_pb2.CreateSandboxRequest,
+) -> Rhythm | None:
+    """How often snapshots are taken by themselves; None where it is not set.
+
+    :raise InvalidArgumentError: for a level that is not known, or a span that is none.
+    """
+    if not message.HasField("snapshot_schedule"):
+        return None
+    wanted = message.snapshot_schedule
+    every = seconds_from(wanted.every, "snapshot_schedule.every")
+    return Rhythm(every=timedelta(seconds=every), level=level_from(wanted.level))
 
 
 def sandbox_states(values: Iterable[records_pb2.SandboxState.ValueType]) -> list[SandboxState]:
@@ -214,9 +349,11 @@ def timestamp(time: datetime | None) -> timestamp_pb2.Timestamp | None:
     """A time; None leaves the field unset."""
     if time is None:
         return None
-    message = timestamp_pb2.Timestamp()
-    message.FromDatetime(time)
-    return message
+    # As FromDatetime does, at a fraction of its time: a page of a list has hundreds.
+    since = time - _EPOCH
+    return timestamp_pb2.Timestamp(
+        seconds=since.days * 86400 + since.seconds, nanos=since.microseconds * 1000
+    )
 
 
 def time_from(message: timestamp_pb2.Timestamp, field: str) -> datetime:

@@ -10,12 +10,13 @@ from typing import Any
 
 from grpc.aio import ServicerContext
 
-from stratabox.daemon.api import convert
+from stratabox.daemon.api import messages
 from stratabox.daemon.api.errors import streaming, unary
+from stratabox.daemon.lifecycle.common.threads import in_thread
 from stratabox.daemon.lifecycle.images import Images
-from stratabox.daemon.lifecycle.threads import in_thread
 from stratabox.daemon.lifecycle.world import World
 from stratabox.storage.catalog import images, lookup
+from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.model.errors import InvalidArgumentError, NoSpaceError
 from stratabox.storage.model.records import Image
 from stratabox.v1 import images_pb2, images_pb2_grpc, records_pb2
@@ -96,7 +97,9 @@ class ImagesServicer(images_pb2_grpc.ImagesServiceServicer):
                         )
                     await in_thread(file.write, message.data)
 
-        record = await self.images.import_file(header.name, _FORMATS[header.format], receive)
+        record = await self.images.import_file(
+            header.name, _FORMATS[header.format], receive, cloud_init=header.cloud_init
+        )
         return await self._message(record)
 
     @unary
@@ -113,9 +116,13 @@ class ImagesServicer(images_pb2_grpc.ImagesServiceServicer):
     ) -> images_pb2.ListImagesResponse:
         """List images, newest first."""
         page = lookup.Page(size=request.page_size, token=request.page_token)
-        records, token = await self.world.read(lambda tx: images.list_page(tx, page))
-        messages = [await self._message(record) for record in records]
-        return images_pb2.ListImagesResponse(images=messages, next_page_token=token)
+
+        def look(tx: Transaction) -> tuple[list[records_pb2.Image], str]:
+            records, token = images.list_page(tx, page)
+            return messages.of_images(tx, self.world, records), token
+
+        found, token = await self.world.read(look)
+        return images_pb2.ListImagesResponse(images=found, next_page_token=token)
 
     @unary
     async def DeleteImage(
@@ -126,5 +133,4 @@ class ImagesServicer(images_pb2_grpc.ImagesServiceServicer):
         return images_pb2.DeleteImageResponse(id=done.id, freed_bytes=done.freed_bytes)
 
     async def _message(self, record: Image) -> records_pb2.Image:
-        layer = [record.layer] if record.layer else []
-        return convert.image(record, await in_thread(self.world.store.bytes_of, layer))
+        return (await self.world.read(lambda tx: messages.of_images(tx, self.world, [record])))[0]

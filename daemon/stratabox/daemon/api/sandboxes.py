@@ -4,30 +4,45 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from google.protobuf import duration_pb2
 from grpc.aio import ServicerContext
 
-from stratabox.daemon.api import convert
+from stratabox.daemon.api import convert, messages, networks, probes
 from stratabox.daemon.api.errors import streaming, unary
-from stratabox.daemon.api.watching import watch
-from stratabox.daemon.lifecycle import power
+from stratabox.daemon.api.watching import one_by_one, watch
+from stratabox.daemon.lifecycle import changing
 from stratabox.daemon.lifecycle.clones import Clones, NewClone
-from stratabox.daemon.lifecycle.guests import Guests
+from stratabox.daemon.lifecycle.creation import NewSandbox
 from stratabox.daemon.lifecycle.reverts import Reverts
-from stratabox.daemon.lifecycle.sandboxes import NewSandbox, Sandboxes
+from stratabox.daemon.lifecycle.running import power
+from stratabox.daemon.lifecycle.running.guests import Guests
+from stratabox.daemon.lifecycle.sandboxes import Sandboxes
+from stratabox.daemon.lifecycle.snapshots import NEVER
 from stratabox.daemon.lifecycle.world import World
-from stratabox.storage.catalog import images, layers, lookup, sandboxes
+from stratabox.storage.catalog import images, lookup, sandboxes
 from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.model.errors import InvalidArgumentError, StrataboxError
-from stratabox.storage.model.records import Sandbox
+from stratabox.storage.model.probes import Probe
+from stratabox.storage.model.records import Sandbox, Snapshot
 from stratabox.v1 import records_pb2, sandboxes_pb2, sandboxes_pb2_grpc
 
 Context = ServicerContext[Any, Any]
 
-_MUTABLE = {"name", "env", "metadata", "tags"}
+_MUTABLE = {
+    "name",
+    "env",
+    "metadata",
+    "tags",
+    "expires_at",
+    "on_timeout",
+    "keep_last",
+    "snapshot_schedule",
+    "readiness_probe",
+    "network",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +71,19 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
             metadata=dict(request.metadata),
             tags=tuple(request.tags),
             data_disks=tuple(request.data_disks),
+            volumes=convert.wishes_from(request.volumes),
             cold=request.cold,
+            expires_at=expiry(request),
+            on_timeout=convert.on_timeout_from(request.on_timeout),
+            keep_last=request.keep_last,
+            rhythm=convert.rhythm_from(request),
+            identity=convert.identity_from(request.identity),
+            paused=request.paused,
+            verify=request.verify,
+            user_data=request.user_data,
+            ssh_keys=tuple(request.ssh_keys),
+            probe=probes.probe_from(request),
+            network=networks.wanted(request),
             ready_timeout=ready_timeout(self.world, request),
         )
         key = convert.key_from("CreateSandbox", request)
@@ -88,46 +115,57 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
                 include_terminated=request.include_terminated,
             )
             records, token = sandboxes.list_page(tx, wanted, page)
-            return [_message(tx, record) for record in records], token
+            return messages.of_sandboxes(tx, self.world, records), token
 
-        messages, token = await self.world.read(look)
-        return sandboxes_pb2.ListSandboxesResponse(sandboxes=messages, next_page_token=token)
+        found, token = await self.world.read(look)
+        return sandboxes_pb2.ListSandboxesResponse(sandboxes=found, next_page_token=token)
 
     @unary
     async def UpdateSandbox(
         self, request: sandboxes_pb2.UpdateSandboxRequest, context: Context
     ) -> records_pb2.Sandbox:
-        """Change name, env, metadata or tags."""
+        """Change what may be changed of a sandbox."""
         paths = mask_paths(request.update_mask.paths, _MUTABLE)
         new = request.sandbox
-        record = await self.sandboxes.update(
+        changed = changing.update(
+            self.world,
+            self.guests,
             new.id,
             name=new.name if "name" in paths else None,
             env=dict(new.env) if "env" in paths else None,
             metadata=dict(new.metadata) if "metadata" in paths else None,
             tags=tuple(new.tags) if "tags" in paths else None,
+            expires_at=(expiry(new) or NEVER) if "expires_at" in paths else None,
+            on_timeout=(convert.on_timeout_from(new.on_timeout) if "on_timeout" in paths else None),
+            keep_last=new.keep_last if "keep_last" in paths else None,
+            rhythm=(convert.rhythm_from(new) or NEVER) if "snapshot_schedule" in paths else None,
+            probe=(probes.probe_from(new) or Probe()) if "readiness_probe" in paths else None,
+            network=networks.required(new) if "network" in paths else None,
         )
+        record = await self.world.tasks.see_through(changed)
         return await self._message(record)
 
     @unary
     async def PauseSandbox(
         self, request: sandboxes_pb2.PauseSandboxRequest, context: Context
     ) -> records_pb2.Sandbox:
-        """Stop the vCPUs."""
+        """Stop the vCPUs, or save the memory and end the process."""
         guest, _ = await self.guests.find(request.sandbox)
-        return await self._message(
-            await self.world.tasks.see_through(power.pause(self.world, guest))
-        )
+        pause = power.pause_to_disk if request.to_disk else power.pause
+        return await self._message(await self.world.tasks.see_through(pause(self.world, guest)))
 
     @unary
     async def ResumeSandbox(
         self, request: sandboxes_pb2.ResumeSandboxRequest, context: Context
     ) -> records_pb2.Sandbox:
-        """Let the vCPUs run again."""
+        """Let a paused guest go on."""
         guest, _ = await self.guests.find(request.sandbox)
-        return await self._message(
-            await self.world.tasks.see_through(power.resume(self.world, guest))
-        )
+        seconds = ready_timeout(self.world, request)
+        identity = convert.identity_from(request.identity)
+        record = await self.world.tasks.see_through(power.resume(self.world, guest, identity))
+        if seconds is not None and record.identity_due is not None and not record.ready:
+            record = await guest.wait_ready(seconds)
+        return await self._message(record)
 
     @unary
     async def StopSandbox(
@@ -148,7 +186,8 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
         """Boot a stopped or failed sandbox."""
         guest, _ = await self.guests.find(request.sandbox)
         seconds = ready_timeout(self.world, request)
-        record = await self.world.tasks.see_through(power.start(self.world, guest))
+        starting = power.start(self.world, guest, probes.probe_from(request))
+        record = await self.world.tasks.see_through(starting)
         if seconds is not None:
             record = await guest.wait_ready(seconds)
         return await self._message(record)
@@ -189,6 +228,8 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
             stderr_truncated=result.stderr_truncated,
             timed_out=result.timed_out,
             duration=convert.duration(timedelta(seconds=result.duration)),
+            out_of_memory=result.out_of_memory,
+            disk_full=result.disk_full,
         )
 
     @unary
@@ -203,6 +244,11 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
             resources=convert.resources_from(request.resources),
             env=dict(request.env),
             level=convert.level_from(request.level),
+            identity=convert.identity_from(request.identity),
+            paused=request.paused,
+            volumes=convert.wishes_from(request.volumes),
+            probe=probes.probe_from(request),
+            network=networks.wanted(request),
             ready_timeout=ready_timeout(self.world, request),
         )
         key = convert.key_from("CloneSandbox", request)
@@ -214,7 +260,7 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
             else:
                 results.append(sandboxes_pb2.CloneResult(sandbox=await self._message(copy)))
         return sandboxes_pb2.CloneSandboxResponse(
-            snapshot=convert.snapshot(done.snapshot), results=results
+            snapshot=await self._snapshot(done.snapshot), results=results
         )
 
     @unary
@@ -223,10 +269,11 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
     ) -> sandboxes_pb2.RevertSandboxResponse:
         """Put a sandbox back onto one of its snapshots."""
         seconds = ready_timeout(self.world, request)
-        done = await self.reverts.revert(request.sandbox, request.snapshot, seconds)
+        identity = convert.identity_from(request.identity)
+        done = await self.reverts.revert(request.sandbox, request.snapshot, seconds, identity)
         return sandboxes_pb2.RevertSandboxResponse(
             sandbox=await self._message(done.sandbox),
-            safety_snapshot=convert.snapshot(done.safety_snapshot),
+            safety_snapshot=await self._snapshot(done.safety_snapshot),
         )
 
     @streaming
@@ -235,9 +282,10 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
     ) -> AsyncIterator[sandboxes_pb2.SandboxEvent]:
         """Stream every change."""
 
-        def look(tx: Transaction) -> tuple[list[Sandbox], Callable[[Sandbox], bool]]:
+        def look(tx: Transaction) -> tuple[AsyncIterator[Sandbox], Callable[[Sandbox], bool]]:
             wanted = {sandboxes.resolve(tx, reference) for reference in request.sandboxes}
-            return sandboxes.everything(tx), lambda record: not wanted or record.id in wanted
+            present = one_by_one(sandboxes.everything(tx, own=True))
+            return present, lambda record: not wanted or record.id in wanted
 
         async for event, record in watch(
             self.world.bus,
@@ -252,12 +300,14 @@ class SandboxesServicer(sandboxes_pb2_grpc.SandboxesServiceServicer):
             )
 
     async def _message(self, record: Sandbox) -> records_pb2.Sandbox:
-        return await self.world.read(lambda tx: _message(tx, record))
+        return (await self.world.read(lambda tx: messages.of_sandboxes(tx, self.world, [record])))[
+            0
+        ]
 
-
-def _message(tx: Transaction, record: Sandbox) -> records_pb2.Sandbox:
-    depths = {disk.index: layers.depth(tx, disk.layer) for disk in record.disks}
-    return convert.sandbox(record, depths)
+    async def _snapshot(self, record: Snapshot) -> records_pb2.Snapshot:
+        return (await self.world.read(lambda tx: messages.of_snapshots(tx, self.world, [record])))[
+            0
+        ]
 
 
 def mask_paths(paths: Any, allowed: set[str]) -> set[str]:
@@ -273,6 +323,16 @@ def mask_paths(paths: Any, allowed: set[str]) -> set[str]:
             field="update_mask",
         )
     return set(paths)
+
+
+def expiry(message: Any) -> datetime | None:
+    """`expires_at` of a request or record; None where it is not set.
+
+    :raise InvalidArgumentError: when it is outside the calendar.
+    """
+    if not message.HasField("expires_at"):
+        return None
+    return convert.time_from(message.expires_at, "expires_at")
 
 
 def ready_timeout(world: World, request: Any) -> float | None:

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from grpc.aio import ServicerContext
 
-from stratabox.daemon.api import convert
+from stratabox.daemon.api import convert, messages, networks, probes
 from stratabox.daemon.api.errors import streaming, unary
-from stratabox.daemon.api.sandboxes import mask_paths, ready_timeout
-from stratabox.daemon.api.watching import watch
-from stratabox.daemon.lifecycle.sandboxes import NewSandbox, Sandboxes
+from stratabox.daemon.api.jobs import as_messages
+from stratabox.daemon.api.sandboxes import expiry, mask_paths, ready_timeout
+from stratabox.daemon.api.watching import one_by_one, watch
+from stratabox.daemon.lifecycle.chains.compacting import compact
+from stratabox.daemon.lifecycle.chains.jobs import Jobs
+from stratabox.daemon.lifecycle.creation import NewSandbox
+from stratabox.daemon.lifecycle.sandboxes import Sandboxes
 from stratabox.daemon.lifecycle.snapshots import NEVER, NewSnapshot, Snapshots
 from stratabox.daemon.lifecycle.world import World
-from stratabox.storage.catalog import layers, lookup, sandboxes, snapshots
+from stratabox.storage.catalog import lookup, sandboxes, snapshots
 from stratabox.storage.catalog.database import Transaction
 from stratabox.storage.model.errors import InvalidArgumentError, NotFoundError
 from stratabox.storage.model.ids import SandboxId, is_id
@@ -34,6 +39,7 @@ class SnapshotsServicer(snapshots_pb2_grpc.SnapshotsServiceServicer):
     world: World
     sandboxes: Sandboxes
     snapshots: Snapshots
+    jobs: Jobs
 
     @unary
     async def CreateSnapshot(
@@ -55,17 +61,19 @@ class SnapshotsServicer(snapshots_pb2_grpc.SnapshotsServiceServicer):
             wait=not request.HasField("wait") or request.wait,
             key=convert.key_from("CreateSnapshot", request),
         )
-        return convert.snapshot(record)
+        return await self._message(record)
 
     @unary
     async def GetSnapshot(
         self, request: snapshots_pb2.GetSnapshotRequest, context: Context
     ) -> records_pb2.Snapshot:
         """Return one snapshot."""
-        record = await self.world.read(
-            lambda tx: snapshots.get(tx, snapshots.resolve(tx, request.snapshot))
-        )
-        return convert.snapshot(record)
+
+        def look(tx: Transaction) -> records_pb2.Snapshot:
+            record = snapshots.get(tx, snapshots.resolve(tx, request.snapshot))
+            return messages.of_snapshots(tx, self.world, [record])[0]
+
+        return await self.world.read(look)
 
     @unary
     async def ListSnapshots(
@@ -75,7 +83,7 @@ class SnapshotsServicer(snapshots_pb2_grpc.SnapshotsServiceServicer):
         states = convert.snapshot_states(request.states)
         page = lookup.Page(size=request.page_size, token=request.page_token)
 
-        def look(tx: Transaction) -> tuple[list[Snapshot], str]:
+        def look(tx: Transaction) -> tuple[list[records_pb2.Snapshot], str]:
             wanted = snapshots.Filter(
                 source=_source(tx, request.sandbox),
                 states=states,
@@ -84,12 +92,11 @@ class SnapshotsServicer(snapshots_pb2_grpc.SnapshotsServiceServicer):
             )
             if request.states and not states:
                 return [], ""
-            return snapshots.list_page(tx, wanted, page)
+            records, token = snapshots.list_page(tx, wanted, page)
+            return messages.of_snapshots(tx, self.world, records), token
 
-        records, token = await self.world.read(look)
-        return snapshots_pb2.ListSnapshotsResponse(
-            snapshots=[convert.snapshot(record) for record in records], next_page_token=token
-        )
+        found, token = await self.world.read(look)
+        return snapshots_pb2.ListSnapshotsResponse(snapshots=found, next_page_token=token)
 
     @unary
     async def UpdateSnapshot(
@@ -111,14 +118,15 @@ class SnapshotsServicer(snapshots_pb2_grpc.SnapshotsServiceServicer):
             metadata=dict(new.metadata) if "metadata" in paths else None,
             expires_at=expires_at,
         )
-        return convert.snapshot(record)
+        return await self._message(record)
 
     @unary
     async def DeleteSnapshot(
         self, request: snapshots_pb2.DeleteSnapshotRequest, context: Context
     ) -> snapshots_pb2.DeleteSnapshotResponse:
         """Remove a snapshot."""
-        done = await self.snapshots.delete(request.snapshot)
+        delete = self.snapshots.foresee_delete if request.dry_run else self.snapshots.delete
+        done = await delete(request.snapshot)
         return snapshots_pb2.DeleteSnapshotResponse(
             id=done.id,
             freed_bytes=done.freed_bytes,
@@ -141,14 +149,32 @@ class SnapshotsServicer(snapshots_pb2_grpc.SnapshotsServiceServicer):
             metadata=dict(request.metadata),
             tags=tuple(request.tags),
             cold=request.cold,
+            expires_at=expiry(request),
+            on_timeout=convert.on_timeout_from(request.on_timeout),
+            identity=convert.identity_from(request.identity),
+            paused=request.paused,
+            verify=request.verify,
+            volumes=convert.wishes_from(request.volumes),
+            probe=probes.probe_from(request),
+            network=networks.wanted(request),
             ready_timeout=ready_timeout(self.world, request),
         )
         key = convert.key_from("RestoreSnapshot", request)
         record = await self.sandboxes.create(wanted, key)
-        depths = await self.world.read(
-            lambda tx: {disk.index: layers.depth(tx, disk.layer) for disk in record.disks}
+        return (await self.world.read(lambda tx: messages.of_sandboxes(tx, self.world, [record])))[
+            0
+        ]
+
+    @unary
+    async def CompactSnapshot(
+        self, request: snapshots_pb2.CompactSnapshotRequest, context: Context
+    ) -> snapshots_pb2.CompactSnapshotResponse:
+        """Have a snapshot compressed."""
+        wait = not request.HasField("wait") or request.wait
+        record, found = await compact(self.world, self.jobs, request.snapshot, wait=wait)
+        return snapshots_pb2.CompactSnapshotResponse(
+            snapshot=await self._message(record), jobs=await as_messages(self.world, found)
         )
-        return convert.sandbox(record, depths)
 
     @streaming
     async def WatchSnapshots(
@@ -156,7 +182,7 @@ class SnapshotsServicer(snapshots_pb2_grpc.SnapshotsServiceServicer):
     ) -> AsyncIterator[snapshots_pb2.SnapshotEvent]:
         """Stream every change."""
 
-        def look(tx: Transaction) -> tuple[list[Snapshot], Callable[[Snapshot], bool]]:
+        def look(tx: Transaction) -> tuple[AsyncIterator[Snapshot], Callable[[Snapshot], bool]]:
             source = _source(tx, request.sandbox)
             wanted = {snapshots.resolve(tx, reference) for reference in request.snapshots}
 
@@ -165,7 +191,10 @@ class SnapshotsServicer(snapshots_pb2_grpc.SnapshotsServiceServicer):
                     source is None or record.source_sandbox == source
                 )
 
-            return snapshots.everything(tx), fits
+            if wanted:
+                records = [snapshots.get(tx, snapshot) for snapshot in sorted(wanted)]
+                return one_by_one(records), fits
+            return self._all(source), fits
 
         async for event, record in watch(
             self.world.bus,
@@ -175,10 +204,23 @@ class SnapshotsServicer(snapshots_pb2_grpc.SnapshotsServiceServicer):
         ):
             yield snapshots_pb2.SnapshotEvent(
                 type=convert.happening(event),
-                snapshot=convert.snapshot(record),
+                snapshot=await self._message(record),
                 time=convert.timestamp(event.time),
                 freed_bytes=event.freed_bytes,
             )
+
+    async def _all(self, source: SandboxId | None) -> AsyncIterator[Snapshot]:
+        """All snapshots, or all of a sandbox, oldest first; never all of them at once."""
+        place: Snapshot | None = None
+        while records := await self.world.read(partial(snapshots.some, source=source, after=place)):
+            for record in records:
+                yield record
+            place = records[-1]
+
+    async def _message(self, record: Snapshot) -> records_pb2.Snapshot:
+        return (await self.world.read(lambda tx: messages.of_snapshots(tx, self.world, [record])))[
+            0
+        ]
 
 
 def _source(tx: Transaction, reference: str) -> SandboxId | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from stratabox.daemon.lifecycle.events import Bus, Event, Happening
+from stratabox.daemon.lifecycle.common.events import Bus, Event, Happening
 from stratabox.storage.model.records import Sandbox, Snapshot
 
 Watched = TypeVar("Watched", Sandbox, Snapshot)
@@ -15,13 +15,14 @@ Watched = TypeVar("Watched", Sandbox, Snapshot)
 async def watch(
     bus: Bus,
     kind: type[Watched],
-    present: Callable[[], Awaitable[tuple[Sequence[Watched], Callable[[Watched], bool]]]],
+    present: Callable[[], Awaitable[tuple[AsyncIterator[Watched], Callable[[Watched], bool]]]],
     *,
     changes_only: bool,
 ) -> AsyncIterator[tuple[Event, Watched]]:
     """All events of the records that fit; without a gap between the present and the changes.
 
-    `present` is asked once the watch has begun: it returns all records, and what fits.
+    `present` is asked once the watch has begun: it returns all records, which it may read as they
+    are wanted, and what fits.
 
     A record that changed while the present ones were read may be seen twice; its generation tells.
 
@@ -30,10 +31,16 @@ async def watch(
     with bus.subscribe() as subscription:
         records, fits = await present()
         if not changes_only:
-            for record in records:
+            async for record in records:
                 if fits(record):
                     now = datetime.now(UTC)
                     yield Event(happening=Happening.PRESENT, record=record, time=now), record
         async for event in subscription.events():
             if isinstance(event.record, kind) and fits(event.record):
                 yield event, event.record
+
+
+async def one_by_one(records: Iterable[Watched]) -> AsyncIterator[Watched]:
+    """Records that are all there already."""
+    for record in records:
+        yield record

@@ -16,17 +16,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from stratabox.daemon.config.admission_keys import SwapWish
+from stratabox.daemon.config.cgroup_keys import LimitsWish
+from stratabox.daemon.config.key import Key, Surroundings
 from stratabox.daemon.config.keys import (
     KEYS,
     AcceleratorWish,
-    Key,
+    ConfinementWish,
     LauncherName,
+    LogFormat,
     LogLevel,
-    Surroundings,
     default_file,
 )
-from stratabox.daemon.config.kinds import Address
+from stratabox.daemon.config.kinds import Address, TcpAddress
+from stratabox.daemon.config.port_kinds import Network, SocketFolders, SocketsWish
 from stratabox.storage.model.errors import InvalidArgumentError
+from stratabox.storage.model.network import Network as NetworkPolicy
 from stratabox.storage.model.states import Level
 
 REASON = "INVALID_CONFIG"
@@ -51,9 +56,19 @@ class Config:
 
     state_dir: Path
     address: Address
+    listen: tuple[TcpAddress, ...]
+    endpoint: TcpAddress | None
+    """By which clients reach the API; None: by one of its addresses."""
+    rest: tuple[Address, ...]
+    previews: TcpAddress | None
+    previews_domain: str
+    tls_certificate: Path | None
+    tls_key: Path | None
+    tls_client_ca: Path | None
     socket_mode: int
     socket_group: str | None
     launcher: LauncherName
+    libvirt_folder: Path
     libvirt_uri: str
     accel: AcceleratorWish
     qemu_binary: str
@@ -68,20 +83,96 @@ class Config:
     stop_timeout: float
     freeze_timeout: float
     uid_base: int
+    confinement: ConfinementWish
+    cgroups_limits: LimitsWish
+    cgroups_folder: Path | None
+    cgroups_memory_overhead: int
+    """Bytes."""
+    cgroups_cpu_overhead: int
+    """Per cent of a CPU."""
+    cgroups_pids: int
+    cgroups_io_weight: int
+    """0: not set."""
+    cgroups_io_read_bandwidth: int
+    """Bytes a second; 0: no limit."""
+    cgroups_io_write_bandwidth: int
+    cgroups_io_read_iops: int
+    """A second; 0: no limit."""
+    cgroups_io_write_iops: int
     build_cache: Path | None
     max_image_bytes: int
     memory_cache: int
+    warm_spares: int
+    admission_memory: int
+    """Bytes; 0: no limit."""
+    admission_memory_overcommit: float
+    """0: no limit."""
+    admission_memory_reserve: int
+    """Bytes."""
+    admission_swap: SwapWish
+    admission_cpu_overcommit: float
+    """0: no limit."""
+    admission_sandboxes: int
+    """0: no limit."""
+    admission_disk_overcommit: float
+    """0: no limit."""
+    admission_disk_reserve: int
+    """Bytes."""
+    chains_max_depth: int
+    """Layers, the image's included."""
+    jobs_rate: int
+    """Bytes a second; 0: no limit."""
+    store_budget: int
+    """Bytes; 0: no limit."""
+    store_high_water: int
+    """Per cent of the file system."""
+    backups_every: float
+    backups_keep: int
+    console_rate: int
+    """Bytes a second."""
+    console_log: int
+    """Bytes of each sandbox's console that are kept."""
+    ports_addresses: tuple[Network, ...]
+    ports_sockets: SocketsWish | SocketFolders
+    network: NetworkPolicy
+    """Of new sandboxes whose request names none."""
+    limits_rate: int
+    limits_burst: int
+    limits_open: int
+    keepalive: float
+    audit_size: int
+    """Bytes; 0: none."""
+    metrics: tuple[Address, ...]
     log_level: LogLevel
+    log_format: LogFormat
     idempotency_hours: int
     sources: Mapping[str, str] = field(repr=False)
     """Key → where its value came from."""
+
+    @property
+    def ports(self) -> tuple[TcpAddress, ...]:
+        """Every TCP address where the API listens."""
+        first = (self.address,) if isinstance(self.address, TcpAddress) else ()
+        return (*first, *(each for each in self.listen if each not in first))
+
+    @property
+    def doors(self) -> tuple[TcpAddress, ...]:
+        """Every TCP address where anything of the daemon's own listens, the REST API included."""
+        others = (*self.rest, *self.metrics)
+        return (*self.ports, *(each for each in others if isinstance(each, TcpAddress)))
+
+    @property
+    def tls_doors(self) -> tuple[TcpAddress, ...]:
+        """Every address that takes a certificate."""
+        previews = () if self.previews is None else (self.previews,)
+        return tuple(each for each in (*self.doors, *previews) if each.tls)
 
     def settings(self) -> list[Setting]:
         """List every key with its value and source, in the order of the documentation."""
         return [
             Setting(
                 key=key.name,
-                value=key.kind.toml(getattr(self, key.name)),
+                value=key.kind.toml(getattr(self, key.field)),
                 source=self.sources[key.name],
             )
             for key in KEYS
@@ -118,7 +209,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             key.flag,
             metavar="VALUE",
             default=argparse.SUPPRESS,
-            dest=key.name,
+            dest=key.field,
             help=f"{key.doc} [{key.variable}]".replace("%", "%%"),
         )
 
@@ -140,14 +231,14 @@ def from_flags(
     for key in KEYS:
         raw, source = _choose(key, flags, environ, path, rows, around)
         try:
-            values[key.name] = key.kind.parse(raw)
+            values[key.field] = key.kind.parse(raw)
         except ValueError as error:
             errors.append(_explain(key, raw, source, str(error)))
             continue
         sources[key.name] = source
         if key.name == "state_dir":
             around = replace(
-                around, state_dir=values[key.name], state_dir_was_set=source != DEFAULT
+                around, state_dir=values[key.field], state_dir_was_set=source != DEFAULT
             )
     if errors:
         raise InvalidArgumentError("\n".join(errors), reason=REASON)
@@ -162,7 +253,7 @@ def _read_file(
     path = Path(named).absolute() if named else default_file(around)
     by = "--config" if flags.get("config") else "STRATABOX_CONFIG"
     try:
-        return path, tomllib.loads(path.read_text(encoding="utf-8"))
+        return path, _flat(tomllib.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError) as error:
         if not named:
             return path, {}
@@ -174,6 +265,17 @@ def _read_file(
     except ValueError as error:  # TOML's own, or of text that is not UTF-8
         message = f"configuration file {path} is not TOML: {error}"
         raise InvalidArgumentError(message, reason=REASON) from error
+
+
+def _flat(rows: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Rows of tables under their dotted names."""
+    found: dict[str, object] = {}
+    for name, value in rows.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def _unknown_keys(path: Path, rows: Mapping[str, object]) -> list[str]:
@@ -196,8 +298,8 @@ def _choose(
     around: Surroundings,
 ) -> tuple[object, str]:
     """Find the source that counts for one key. An empty environment variable counts as unset."""
-    if key.name in flags:
-        return flags[key.name], f"flag {key.flag}"
+    if key.field in flags:
+        return flags[key.field], f"flag {key.flag}"
     if environ.get(key.variable):
         return environ[key.variable], f"environment {key.variable}"
     if key.name in rows:

@@ -7,23 +7,28 @@ table in docs/configuration.md all come from `KEYS`; a new key is a row here and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from stratabox.daemon.config.admission_keys import ADMISSION_KEYS
+from stratabox.daemon.config.cgroup_keys import CGROUP_KEYS
+from stratabox.daemon.config.key import Key, Surroundings
 from stratabox.daemon.config.kinds import (
     ApiAddress,
+    ApiPorts,
     Choice,
     Duration,
     Folder,
     Group,
     Integer,
-    Kind,
     Mode,
     Size,
     Text,
 )
+from stratabox.daemon.config.network_kind import NetworkWish
+from stratabox.daemon.config.port_kinds import Networks, Sockets
+from stratabox.daemon.config.preview_kinds import DomainName, PreviewAddress
+from stratabox.daemon.config.rest_kind import Endpoint, MetricsAddresses, RestAddresses
 from stratabox.storage.model.records import GIB, MIB
 from stratabox.storage.model.states import Level
 
@@ -47,6 +52,14 @@ class AcceleratorWish(StrEnum):
     TCG = "tcg"
 
 
+class ConfinementWish(StrEnum):
+    """How QEMU is kept apart from the host."""
+
+    AUTO = "auto"
+    REQUIRED = "required"
+    OFF = "off"
+
+
 class LogLevel(StrEnum):
     """The least important message that is logged."""
 
@@ -56,46 +69,11 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """What a computed default may look at."""
+class LogFormat(StrEnum):
+    """How the log is written."""
 
-    root: bool
-    environ: Mapping[str, str]
-    home: Path
-    state_dir: Path | None = None
-    state_dir_was_set: bool = False
-
-    def xdg(self, name: str) -> Path | None:
-        """One of the XDG base folders; relative ones count as unset, as the XDG standard says."""
-        path = Path(self.environ.get(name, ""))
-        return path if path.is_absolute() else None
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key: its name in the TOML file, what it may be, and what it means."""
-
-    name: str
-    kind: Kind
-    default: str | int | Callable[[Surroundings], str]
-    doc: str
-    default_doc: str = field(default="", kw_only=True)
-    """The default in words, where it is computed."""
-
-    @property
-    def variable(self) -> str:
-        """Its environment variable."""
-        return f"STRATABOX_{self.name.upper()}"
-
-    @property
-    def flag(self) -> str:
-        """Its flag on the command line."""
-        return f"--{self.name.replace('_', '-')}"
-
-    def default_for(self, around: Surroundings) -> str | int:
-        """Compute the default, as it would be written in the file."""
-        return self.default(around) if callable(self.default) else self.default
+    TEXT = "text"
+    JSON = "json"
 
 
 def default_file(around: Surroundings) -> Path:
@@ -128,6 +106,12 @@ def _libvirt_uri(around: Surroundings) -> str:
     return "qemu:///system" if around.root else "qemu:///session"
 
 
+def _libvirt_folder(around: Surroundings) -> str:
+    if around.root:
+        return "/var/cache/stratabox/libvirt"
+    return str((around.xdg("XDG_CACHE_HOME") or around.home / ".cache") / "stratabox/libvirt")
+
+
 _HOUR = 3600.0
 
 # state_dir comes first: the default address depends on it.
@@ -145,10 +129,65 @@ KEYS: tuple[Key, ...] = (
         "address",
         ApiAddress(),
         _address,
-        "Where the API listens. TCP takes loopback hosts only until there are TLS and keys.",
+        "Where the API listens, and where clients on this host look for it. On TCP every call "
+        "takes an API key; hosts other than loopback take TLS.",
         default_doc="where `state_dir` was set: `unix://<state_dir>/api.sock`; else root: "
         "`unix:///run/stratabox/api.sock`; others: `unix://$XDG_RUNTIME_DIR/stratabox/api.sock`, "
         "else `unix://<state_dir>/api.sock`",
+    ),
+    Key(
+        "listen",
+        ApiPorts(),
+        "",
+        "Further TCP addresses where the API listens, beside `address`; every call there takes an "
+        "API key.",
+    ),
+    Key(
+        "endpoint",
+        Endpoint(),
+        "",
+        "By which address clients reach the API, where it listens on all of the host's or behind a "
+        "proxy; Tenki's clients are told of it. Empty: the one of its addresses that fits.",
+    ),
+    Key(
+        "rest",
+        RestAddresses(),
+        "",
+        "Where the REST API listens; empty: nowhere. On TCP every call takes an API key.",
+    ),
+    Key(
+        "previews",
+        PreviewAddress(),
+        "",
+        "Where browsers see the pages of guests whose ports are exposed, and where snapshots are "
+        "downloaded; empty: nowhere. Whoever knows a preview's address may see it.",
+    ),
+    Key(
+        "previews_domain",
+        DomainName(),
+        "localhost",
+        "The name under which each preview has one of its own, as NAME.localhost. Another one "
+        "takes a wildcard in the DNS and the certificate, and should be used for nothing else.",
+    ),
+    Key(
+        "tls.certificate",
+        Folder(optional=True),
+        "",
+        "File with the certificate of https addresses, PEM, and those between it and its root. "
+        "Read again at SIGHUP.",
+    ),
+    Key(
+        "tls.key",
+        Folder(optional=True),
+        "",
+        "File with the private key of `tls.certificate`, PEM, without a passphrase.",
+    ),
+    Key(
+        "tls.client_ca",
+        Folder(optional=True),
+        "",
+        "File with certificates, PEM: a client must then show one that these have signed, beside "
+        "its API key. Empty: clients show none.",
     ),
     Key("socket_mode", Mode(), "0660", "Permissions of the API's Unix socket."),
     Key(
@@ -171,6 +210,15 @@ KEYS: tuple[Key, ...] = (
         'libvirt connection, for `launcher = "libvirt"`. Local ones only: guests\' files are '
         "opened by the daemon.",
         default_doc="root: `qemu:///system`; others: `qemu:///session`",
+    ),
+    Key(
+        "libvirt_folder",
+        Folder(),
+        _libvirt_folder,
+        "Folder for the small program that libvirt runs as QEMU; QEMU's users must be able to "
+        "enter it and to execute what is in it.",
+        default_doc="root: `/var/cache/stratabox/libvirt`; others: "
+        "`$XDG_CACHE_HOME/stratabox/libvirt`, else `~/.cache/stratabox/libvirt`",
     ),
     Key(
         "accel",
@@ -237,6 +285,16 @@ KEYS: tuple[Key, ...] = (
         "sandbox, when the daemon is root. Nobody else may use them.",
     ),
     Key(
+        "confinement",
+        Choice(ConfinementWish),
+        "auto",
+        "What each QEMU runs in, beside a user of its own and its own seccomp sandbox. `auto`: "
+        "namespaces, Landlock and a seccomp filter, as far as this host has them; `required`: the "
+        "daemon does not start where one of them is missing (with libvirt: no guest does where "
+        "libvirtd's QEMU gets no namespaces); `off`: none.",
+    ),
+    *CGROUP_KEYS,
+    Key(
         "build_cache",
         Folder(optional=True),
         "",
@@ -256,7 +314,133 @@ KEYS: tuple[Key, ...] = (
         "Memory of snapshots that is kept ready to be mapped while nobody starts from it; the rest "
         "is assembled again at the next restore.",
     ),
+    Key(
+        "warm_spares",
+        Integer(0, 64),
+        0,
+        "QEMU processes that are kept started, each for one of the memory snapshots that were "
+        "last restored, so that the next restore need not wait for its start. Each takes some "
+        "30 MiB of memory.",
+    ),
+    *ADMISSION_KEYS,
+    Key(
+        "chains.max_depth",
+        Integer(4, 128),
+        16,
+        "Layers that a backing chain may have, the image's included: longer ones are written anew "
+        "in the background, so that reading stays fast.",
+    ),
+    Key(
+        "jobs.rate",
+        Size(0, 16384 * GIB),
+        "256MiB",
+        "Bytes a second that background jobs read and write, all together; 0: no limit.",
+    ),
+    Key(
+        "store.budget",
+        Size(0, 16384 * GIB),
+        0,
+        "Bytes that the state folder may take on the disk; new snapshots, sandboxes, images and "
+        "volumes are refused beyond (BUDGET_EXCEEDED). 0: no limit.",
+    ),
+    Key(
+        "store.high_water",
+        Integer(1, 100, "per cent"),
+        97,
+        "How full the state folder's file system may be until the same are refused, so that "
+        "running guests have what is left.",
+    ),
+    Key(
+        "backups.every",
+        Duration(60, 366 * 24 * _HOUR),
+        "1h",
+        "How often the catalog is backed up, if it has changed.",
+    ),
+    Key("backups.keep", Integer(1, 1000), 24, "How many backups of the catalog are kept."),
+    Key(
+        "console.rate",
+        Size(1024, 64 * MIB),
+        "16KiB",
+        "Bytes a second that a guest may write to its serial console, after a burst of 256 KiB; "
+        "one that writes more waits, as for a serial line.",
+    ),
+    Key(
+        "console.log",
+        Size(128 << 10, GIB),
+        "512KiB",
+        "Bytes of each sandbox's serial console that are kept: the newest.",
+    ),
+    Key(
+        "ports.addresses",
+        Networks(),
+        "",
+        "Addresses beside loopback that forwarded ports may listen on at the host, and lead to; "
+        "where the API has an address that other hosts reach, loopback is led to only if it is "
+        "named, too. "
+        'To listen on all addresses takes "0.0.0.0". Whoever reaches the port reaches the guest.',
+    ),
+    Key(
+        "ports.sockets",
+        Sockets(),
+        "auto",
+        "Folders in which forwarded ports may make Unix sockets at the host, and reach them, as "
+        "the daemon's user. `auto`: `any`, but `none` where the API has a TCP address, a group or "
+        "a mode by which others than the daemon's own user and group can use it.",
+    ),
+    Key(
+        "network",
+        NetworkWish(),
+        "none",
+        "What new sandboxes may reach, where neither the request nor the snapshot says.",
+    ),
+    Key(
+        "limits.rate",
+        Integer(0, 1_000_000, "calls a second"),
+        200,
+        "Calls that each API key may make a second, over a long time; more are refused "
+        "(RATE_LIMITED). 0: no limit. The Unix socket has none.",
+    ),
+    Key(
+        "limits.burst",
+        Integer(1, 1_000_000, "calls"),
+        400,
+        "Calls that each API key may make at once, after a while without.",
+    ),
+    Key(
+        "limits.open",
+        Integer(0, 100_000, "calls"),
+        256,
+        "Calls of each API key that may be under way at a time, streams among them "
+        "(TOO_MANY_CALLS). 0: no limit.",
+    ),
+    Key(
+        "keepalive",
+        Duration(1, _HOUR),
+        "60s",
+        "How long a TCP connection may say nothing before its client is asked for a sign of life. "
+        "One that gives none for as long again, 20 s at most, is gone, and its calls end.",
+    ),
+    Key(
+        "audit.size",
+        Size(0, 1024 * GIB),
+        "64MiB",
+        "Bytes that the audit log of all calls may take in the state folder; the oldest go. 0: "
+        "none is kept.",
+    ),
+    Key(
+        "metrics",
+        MetricsAddresses(),
+        "",
+        "Where `GET /metrics` answers with figures for Prometheus. On loopback and by a Unix "
+        "socket it takes no key; elsewhere an API key of the workspace default, and TLS.",
+    ),
     Key("log_level", Choice(LogLevel), "info", "The least important message that is logged."),
+    Key(
+        "log_format",
+        Choice(LogFormat),
+        "text",
+        "How the log is written: lines for people, or a JSON object a line.",
+    ),
     Key(
         "idempotency_hours",
         Integer(1, 8760, "hours"),
@@ -275,4 +459,18 @@ def markdown_table() -> str:
             default = f"`{key.kind.toml(key.kind.parse(key.default))}`"
         cells = (f"`{key.name}`", key.kind.allowed, default, key.doc)
         rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def example() -> str:
+    """A configuration file with every key at its default, as a comment."""
+    head = (
+        "# Settings of strataboxd; stratabox.toml(5) tells of each. Those below are the defaults."
+    )
+    rows = [head]
+    for key in KEYS:
+        value = f"# {key.default_doc}".replace("`", "")
+        if not callable(key.default):
+            value = key.kind.toml(key.kind.parse(key.default))
+        rows.append(f"#{key.name} = {value}")
     return "\n".join(rows) + "\n"

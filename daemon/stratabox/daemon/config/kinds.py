@@ -273,13 +273,19 @@ class UnixAddress:
 
 @dataclass(frozen=True)
 class TcpAddress:
-    """A port on this machine's loopback."""
+    """A port: with TLS on any address of this host, without on its loopback alone."""
 
     host: str
     port: int
+    tls: bool = False
 
     def __str__(self) -> str:
-        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.target}"
+        return f"{'https' if self.tls else 'http'}://{self.target}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether programs on this host alone can reach it."""
+        return _is_loopback(self.host)
 
     @property
     def target(self) -> str:
@@ -293,7 +299,7 @@ Address = UnixAddress | TcpAddress
 class ApiAddress:
     """Where the API listens."""
 
-    allowed = "unix:///PATH, or http://HOST:PORT with a loopback HOST"
+    allowed = "unix:///PATH, https://HOST:PORT, or http://HOST:PORT with a loopback HOST"
 
     def parse(self, raw: object) -> Address:
         """Read it."""
@@ -310,19 +316,43 @@ class ApiAddress:
             host, port = parts.hostname, parts.port
         except ValueError:
             raise ValueError from None
-        plain = parts.scheme == "http" and not (parts.query or parts.fragment or parts.username)
-        if not plain or not host or not port or parts.path not in ("", "/"):
+        known = parts.scheme in ("http", "https")
+        plain = not (parts.query or parts.fragment or parts.username)
+        if not known or not plain or not host or not port or parts.path not in ("", "/"):
             raise ValueError
-        if not _is_loopback(host):
+        if parts.scheme == "http" and not _is_loopback(host):
             raise ValueError(
-                "only loopback hosts (localhost, 127.0.0.1, [::1]) as yet: the API has no TLS and "
-                "no keys, so that anybody who reaches the port would command every sandbox"
+                "without TLS only loopback hosts (localhost, 127.0.0.1, [::1]): elsewhere keys and "
+                "all else would travel in the clear; https:// with tls.certificate and tls.key"
             )
-        return TcpAddress(host, port)
+        return TcpAddress(host, port, tls=parts.scheme == "https")
 
     def toml(self, value: object) -> str:
         """Write it."""
         return _quoted(value)
+
+
+class ApiPorts:
+    """Further addresses where the API listens."""
+
+    allowed = "https://HOST:PORT, or http://HOST:PORT with a loopback HOST; several with commas"
+
+    def parse(self, raw: object) -> tuple[TcpAddress, ...]:
+        """Read them."""
+        found: list[TcpAddress] = []
+        for part in _text(raw).split(","):
+            if part.strip():
+                address = ApiAddress().parse(part.strip())
+                if not isinstance(address, TcpAddress):
+                    raise ValueError("a Unix socket is named by `address`")
+                if address not in found:
+                    found.append(address)
+        return tuple(found)
+
+    def toml(self, value: object) -> str:
+        """Write them."""
+        assert isinstance(value, tuple)
+        return _quoted(", ".join(map(str, value)))
 
 
 def _is_loopback(host: str) -> bool:

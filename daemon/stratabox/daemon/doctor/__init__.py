@@ -12,25 +12,35 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from stratabox.daemon.config import Config
-from stratabox.daemon.doctor import guests, host
+from stratabox.daemon.doctor import access, capacity, guests, host, kernel, libvirt, service
 from stratabox.daemon.doctor.finding import Finding, Status
 
 Check = Callable[[Config], Iterable[Finding]]
 
 CHECKS: tuple[Check, ...] = (
     host.check_python,
+    service.check_package,
+    service.check_units,
+    service.check_daemon,
     guests.check_qemu,
     guests.check_firmware,
     guests.check_accelerator,
     guests.check_kvm_device,
+    capacity.check_confinement,
+    kernel.check_control_groups,
+    kernel.check_labels,
     host.check_tools,
     host.check_subuids,
     host.check_state_dir,
+    capacity.check_memory,
     host.check_socket,
+    access.check_keys,
+    access.check_tls,
     host.check_uid_range,
     guests.check_memory_rights,
     guests.check_page_tracking,
-    guests.check_libvirt,
+    guests.check_network,
+    libvirt.check_libvirt,
 )
 
 

@@ -1,4 +1,4 @@
-"""The doctor's checks of what runs guests: QEMU, its accelerator, its memory, libvirt."""
+"""The doctor's checks of what runs guests: QEMU, its accelerator, its memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from stratabox.daemon import extras
 from stratabox.daemon.config import Config
-from stratabox.daemon.config.keys import AcceleratorWish, LauncherName
+from stratabox.daemon.config.keys import AcceleratorWish
 from stratabox.daemon.doctor.finding import (
     Finding,
     Status,
@@ -22,6 +21,8 @@ from stratabox.daemon.doctor.finding import (
     output_of,
     read,
 )
+from stratabox.daemon.hypervisor.memory import tracking
+from stratabox.daemon.hypervisor.network import slirp
 
 OLDEST_QEMU = (7, 2)
 _INSTALL_QEMU = apt("qemu-system-x86", "qemu-utils", "seabios")
@@ -63,6 +64,17 @@ def check_qemu(config: Config) -> Iterator[Finding]:
     if missing:
         detail = f"{binary} has no {', '.join(missing)}"
         yield Finding("devices", Status.FAIL, detail, _INSTALL_QEMU)
+
+
+def check_network(config: Config) -> Iterator[Finding]:
+    """What a network for guests needs. Without it there is none, and all else works."""
+    try:
+        slirp.load()
+    except OSError as error:
+        detail = f"sandboxes can have no network egress: {error}"
+        yield Finding("network", Status.WARN, detail, apt("libslirp0"))
+        return
+    yield Finding("network", Status.OK, f"egress by {slirp.LIBRARY}")
 
 
 def parse_version(text: str) -> tuple[int, int, int] | None:
@@ -155,10 +167,16 @@ def check_memory_rights(config: Config) -> Iterator[Finding]:
         yield Finding("memory-rights", Status.OK, "root reads guests' pages")
     elif scope in ("", "0"):
         yield Finding("memory-rights", Status.OK, "this user reads its own guests' pages")
+    elif scope == "1" and tracking.LIBRARY.exists():
+        # By PR_SET_PTRACER, which the library calls in each guest's QEMU.
+        yield Finding("memory-rights", Status.OK, "this user reads its own guests' pages")
     elif scope == "1":
         # Guests of an earlier daemon are no longer its children.
         detail = "ptrace_scope is 1: pages of guests that this daemon started itself only"
-        remedy = "only for memory snapshots: sudo sysctl kernel.yama.ptrace_scope=0"
+        remedy = (
+            "only for memory snapshots: install gcc and then Stratabox again, which builds a "
+            "library for this; or sudo sysctl kernel.yama.ptrace_scope=0"
+        )
         yield Finding("memory-rights", Status.OK, detail, remedy)
     else:
         detail = f"ptrace_scope is {scope}: guests' pages cannot be read (memory snapshots)"
@@ -173,27 +191,3 @@ def check_page_tracking(config: Config) -> Iterator[Finding]:
     ioctl = match is not None and (int(match[1]), int(match[2])) >= (6, 7)
     how = "PAGEMAP_SCAN and userfaultfd" if ioctl else "reading /proc/PID/pagemap"
     yield Finding("page-tracking", Status.OK, f"Linux {release}: {how} (memory snapshots)")
-
-
-def check_libvirt(config: Config) -> Iterator[Finding]:
-    """libvirt: needed only where it is the launcher."""
-    wanted = config.launcher is LauncherName.LIBVIRT
-    bad = Status.FAIL if wanted else Status.OK
-    optional = "" if wanted else " (optional)"
-    if extras.missing_modules(extras.LIBVIRT):
-        detail = f"no Python module libvirt{optional}"
-        yield Finding("libvirt", bad, detail, extras.INSTALL_LIBVIRT if wanted else "")
-        return
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "/nonexistent")
-    folder = "/run" if config.libvirt_uri.endswith("/system") else runtime
-    sockets = [Path(folder, "libvirt", name) for name in ("libvirt-sock", "virtqemud-sock")]
-    found = [path for path in sockets if path.exists()]
-    if found:
-        yield Finding("libvirt", Status.OK, f"{config.libvirt_uri} by {found[0]}{optional}")
-    elif folder != "/run":
-        # A session daemon is started by the first connection.
-        yield Finding("libvirt", Status.OK, f"{config.libvirt_uri}{optional}")
-    else:
-        detail = f"no service answers for {config.libvirt_uri}{optional}"
-        remedy = f"{apt('libvirt-daemon-system')} && sudo systemctl start libvirtd"
-        yield Finding("libvirt", bad, detail, remedy if wanted else "")
