@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -10,21 +11,59 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from stratabox.client import errors, records
-from stratabox.v1 import host_pb2, images_pb2, records_pb2, sandboxes_pb2, snapshots_pb2
+from stratabox.client import (
+    archives,
+    background,
+    errors,
+    event_records,
+    file_records,
+    host_records,
+    port_records,
+    probe_records,
+    records,
+    volume_records,
+)
+from stratabox.client.network_records import Network, NetworkMode
+from stratabox.v1 import (
+    events_pb2,
+    files_pb2,
+    host_pb2,
+    images_pb2,
+    jobs_pb2,
+    network_pb2,
+    ports_pb2,
+    records_pb2,
+    sandboxes_pb2,
+    snapshots_pb2,
+    transfers_pb2,
+    volumes_pb2,
+)
 
 E = TypeVar("E", bound=StrEnum)
 
 # The proto's names less their prefix are the words of the records' enums.
 _PREFIXES: dict[type[StrEnum], tuple[Any, str]] = {
     records.SandboxState: (records_pb2.SandboxState, "SANDBOX_STATE_"),
+    records.TimeoutAction: (records_pb2.TimeoutAction, "TIMEOUT_ACTION_"),
+    records.AttachmentState: (records_pb2.AttachmentState, "ATTACHMENT_STATE_"),
+    volume_records.VolumeState: (volumes_pb2.VolumeState, "VOLUME_STATE_"),
     records.SnapshotState: (records_pb2.SnapshotState, "SNAPSHOT_STATE_"),
     records.PageTracking: (records_pb2.PageTracking, "PAGE_TRACKING_"),
     records.SnapshotLevel: (records_pb2.SnapshotLevel, "SNAPSHOT_LEVEL_"),
+    records.Identity: (records_pb2.IdentityPolicy, "IDENTITY_POLICY_"),
     records.ImageState: (records_pb2.ImageState, "IMAGE_STATE_"),
+    background.JobKind: (jobs_pb2.JobKind, "JOB_KIND_"),
+    background.JobState: (jobs_pb2.JobState, "JOB_STATE_"),
     records.BootMethod: (records_pb2.BootMethod, "BOOT_METHOD_"),
     records.EventType: (records_pb2.EventType, "EVENT_TYPE_"),
+    event_records.Subject: (events_pb2.Subject, "SUBJECT_"),
     records.DiskFormat: (images_pb2.DiskFormat, "DISK_FORMAT_"),
+    file_records.FileKind: (files_pb2.FileKind, "FILE_KIND_"),
+    file_records.WriteMode: (files_pb2.WriteMode, "WRITE_MODE_"),
+    file_records.WatchMethod: (files_pb2.WatchMethod, "WATCH_METHOD_"),
+    file_records.FileChangeType: (files_pb2.FileChangeType, "FILE_CHANGE_TYPE_"),
+    NetworkMode: (network_pb2.NetworkMode, "NETWORK_MODE_"),
+    port_records.PortDirection: (ports_pb2.PortDirection, "PORT_DIRECTION_"),
 }
 
 
@@ -67,6 +106,11 @@ def _time(stamp: Timestamp) -> datetime:
     return stamp.ToDatetime(UTC)
 
 
+def moment(stamp: Timestamp) -> datetime:
+    """Read a time stamp that is always set."""
+    return _time(stamp)
+
+
 def _delta(span: Duration) -> timedelta:
     return span.ToTimedelta()
 
@@ -104,7 +148,82 @@ def sandbox_fields(message: records_pb2.Sandbox) -> dict[str, Any]:
         ),
         "machine": _machine(message.machine) if message.HasField("machine") else None,
         "generation": message.generation,
+        "paused_to_disk": message.paused_to_disk,
+        "memory_bytes": message.memory_bytes,
+        "expires_at": time(message, "expires_at"),
+        "on_timeout": word(records.TimeoutAction, message.on_timeout or 1),
+        "space": space(message.space),
+        "keep_last": message.keep_last,
+        "snapshot_schedule": (
+            _schedule(message.snapshot_schedule) if message.HasField("snapshot_schedule") else None
+        ),
+        "volumes": tuple(mount(each) for each in message.volumes),
+        "left_behind": tuple(mount(each) for each in message.left_behind),
+        "readiness_probe": probe_of(message),
+        "network": network_of(message) or Network(mode=NetworkMode.NONE),
     }
+
+
+def network_of(found: records_pb2.Sandbox | records_pb2.Snapshot) -> Network | None:
+    """Read a record's network policy; none when it has none."""
+    if not found.HasField("network"):
+        return None
+    mode = word(NetworkMode, found.network.mode)
+    return Network(mode=mode, allow=tuple(found.network.allow))
+
+
+def probe_of(
+    found: records_pb2.Sandbox | records_pb2.Snapshot,
+) -> probe_records.ReadinessProbe | None:
+    """Read a record's probe; none when it has none."""
+    if not found.HasField("readiness_probe"):
+        return None
+    read = found.readiness_probe
+    command: str | tuple[str, ...] | None = None
+    port, path = None, None
+    match read.WhichOneof("check"):
+        case "command":
+            command = read.command.shell or tuple(read.command.argv)
+        case "port":
+            port = read.port
+        case "http":
+            port, path = read.http.port, read.http.path
+    return probe_records.ReadinessProbe(
+        command=command,
+        port=port,
+        path=path,
+        interval=_delta(read.interval),
+        timeout=_delta(read.timeout),
+        start_period=(_delta(read.start_period) if read.HasField("start_period") else None),
+    )
+
+
+def space(message: records_pb2.Space) -> records.Space:
+    """Turn the message into the record."""
+    return records.Space(
+        logical_bytes=message.logical_bytes,
+        own_bytes=message.own_bytes,
+        shared_bytes=message.shared_bytes,
+    )
+
+
+def mount(message: records_pb2.VolumeMount) -> records.VolumeMount:
+    """Turn the message into the record."""
+    return records.VolumeMount(
+        volume=message.volume,
+        volume_name=message.volume_name or None,
+        path=message.path,
+        read_only=message.read_only,
+        state=word_or_none(records.AttachmentState, message.state),
+    )
+
+
+def _schedule(message: records_pb2.SnapshotSchedule) -> records.SnapshotSchedule:
+    return records.SnapshotSchedule(
+        every=_delta(message.every),
+        level=word_or_none(records.SnapshotLevel, message.level),
+        next_at=time(message, "next_at"),
+    )
 
 
 def _machine(message: records_pb2.Machine) -> records.Machine:
@@ -114,6 +233,7 @@ def _machine(message: records_pb2.Machine) -> records.Machine:
         cpu_model=message.cpu_model,
         qemu_version=message.qemu_version,
         firmware_sha256=message.firmware_sha256,
+        volumes=message.volumes,
     )
 
 
@@ -145,7 +265,13 @@ def snapshot(message: records_pb2.Snapshot) -> records.Snapshot:
         memory_bytes=message.memory_bytes,
         pause_ms=message.pause_ms or None,
         page_tracking=word_or_none(records.PageTracking, message.page_tracking),
+        machine=_machine(message.machine) if message.HasField("machine") else None,
         generation=message.generation,
+        space=space(message.space),
+        compressed_bytes=message.compressed_bytes,
+        volumes=tuple(mount(each) for each in message.volumes),
+        readiness_probe=probe_of(message),
+        network=network_of(message),
     )
 
 
@@ -164,6 +290,8 @@ def image(message: records_pb2.Image) -> records.Image:
         kernel_command_line=message.kernel_command_line or None,
         created_at=_time(message.created_at),
         generation=message.generation,
+        space=space(message.space),
+        cloud_init=message.cloud_init,
     )
 
 
@@ -178,12 +306,22 @@ def execute_result(message: sandboxes_pb2.ExecuteCommandResponse) -> records.Exe
         stderr_truncated=message.stderr_truncated,
         timed_out=message.timed_out,
         duration=_delta(message.duration),
+        out_of_memory=message.out_of_memory,
+        disk_full=message.disk_full,
     )
 
 
 def failure(message: records_pb2.Failure) -> errors.StrataboxError:
     """Turn an error inside a reply into the exception that it would have been."""
     return errors.from_reason(message.reason, message.message, dict(message.metadata))
+
+
+def snapshot_import(message: transfers_pb2.ImportSnapshotResponse) -> archives.ImportResult:
+    """Turn the message into the record."""
+    return archives.ImportResult(
+        snapshot=snapshot(message.snapshot),
+        left_out=failure(message.left_out) if message.HasField("left_out") else None,
+    )
 
 
 def snapshot_deletion(message: snapshots_pb2.DeleteSnapshotResponse) -> records.SnapshotDeletion:
@@ -228,9 +366,9 @@ def build_progress(message: images_pb2.BuildProgress) -> records.BuildProgress:
     )
 
 
-def host(message: host_pb2.Host) -> records.Host:
+def host(message: host_pb2.Host) -> host_records.Host:
     """Turn the message into the record."""
-    return records.Host(
+    return host_records.Host(
         version=message.version,
         state_dir=message.state_dir,
         launcher=message.launcher,
@@ -238,8 +376,56 @@ def host(message: host_pb2.Host) -> records.Host:
         accelerator_reason=message.accelerator_reason,
         qemu_version=message.qemu_version,
         settings=tuple(
-            records.Setting(key=one.key, value=one.value, source=one.source)
+            host_records.Setting(key=one.key, value=one.value, source=one.source)
             for one in message.settings
         ),
         pid=message.pid,
+        warm_spares=message.warm_spares,
+        memory_in_use=message.memory_in_use,
+        account=_account(message.account),
+        limits_by=message.limits_by,
+        limits=tuple(message.limits),
+        limits_reason=message.limits_reason,
+    )
+
+
+def _account(message: host_pb2.HostAccount) -> host_records.HostAccount:
+    names = (each.name for each in fields(host_records.HostAccount))
+    return host_records.HostAccount(**{name: getattr(message, name) for name in names})
+
+
+def disk_usage(message: host_pb2.DiskUsage) -> host_records.DiskUsage:
+    """Turn the message into the record."""
+    return host_records.DiskUsage(
+        parts=tuple(
+            host_records.DiskUsagePart(name=one.name, bytes=one.bytes, files=one.files)
+            for one in message.parts
+        ),
+        total_bytes=message.total_bytes,
+        budget_used_bytes=message.budget_used_bytes,
+        budget_bytes=message.budget_bytes,
+        filesystem_bytes=message.filesystem_bytes,
+        filesystem_free_bytes=message.filesystem_free_bytes,
+        high_water_percent=message.high_water_percent,
+    )
+
+
+def checked(message: host_pb2.CheckStoreResponse) -> records.Checked:
+    """Convert what a check has found."""
+    return records.Checked(
+        findings=tuple(
+            records.Finding(
+                reason=one.reason,
+                kind=one.kind,
+                subject=one.subject,
+                message=one.message,
+                cure=one.cure,
+                repaired=one.repaired,
+            )
+            for one in message.findings
+        ),
+        files=message.files,
+        bytes=message.bytes,
+        quarantined_files=message.quarantined_files,
+        quarantined_bytes=message.quarantined_bytes,
     )

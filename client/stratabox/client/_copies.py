@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Generic
 
-from stratabox.client import _convert, _requests
+from stratabox.client import _convert, _probes, _requests
 from stratabox.client._plans import Call, Plan
 from stratabox.client._requests import Seconds
 from stratabox.client._snapshots import create_snapshot
 from stratabox.client.errors import InvalidArgumentError
-from stratabox.client.records import CloneResult, RevertResult, S, Snapshot, SnapshotLevel
+from stratabox.client.network_records import Network
+from stratabox.client.probe_records import ReadinessProbe
+from stratabox.client.records import (
+    CloneResult,
+    Identity,
+    RevertResult,
+    S,
+    Snapshot,
+    SnapshotLevel,
+    VolumeMount,
+)
 from stratabox.v1 import records_pb2
 from stratabox.v1 import sandboxes_pb2 as pb
 
@@ -73,6 +83,11 @@ class CopyPlans(Generic[S]):
         env: Mapping[str, str] | None = None,
         level: SnapshotLevel | str | None = None,
         quick: bool | None = None,
+        volumes: Sequence[VolumeMount | str] = (),
+        network: Network | str | Sequence[str] | None = None,
+        identity: Identity | str | None = None,
+        paused: bool = False,
+        readiness_probe: ReadinessProbe | None = None,
         wait_for_ready: bool = True,
         ready_timeout: Seconds | None = None,
         idempotency_key: str | None = None,
@@ -86,6 +101,13 @@ class CopyPlans(Generic[S]):
         :param count: 1-64.
         :param cpus: Instead of the source's, as memory (MiB). Storage is the source's.
         :param env: Over the source's env, key by key.
+        :param volumes: What each copy gets, as at `client.sandboxes.create`; several can only read
+            one. Those of the source they do not get.
+        :param network: What they may reach, as at `client.sandboxes.create`; None: what the source
+            may.
+        :param identity: "keep" or "renew" (the default): whether the copies are the source.
+        :param paused: Leave them at the instant of the snapshot; none is waited for.
+        :param readiness_probe: As at `create`; None: the source's.
         :raise SnapshotFailedError: when the snapshot was not taken.
         :raise StrataboxError: what `client.snapshots.restore` raises, when no copy was made.
         """
@@ -100,6 +122,11 @@ class CopyPlans(Generic[S]):
                 resources=_requests.resources(cpus, memory),
                 env=env or {},
                 level=_requests.level(level, quick),
+                volumes=_requests.mounts(volumes),
+                network=_requests.network(network),
+                identity=_requests.identity(identity),
+                paused=paused,
+                readiness_probe=_probes.message(readiness_probe),
                 wait_for_ready=wait_for_ready,
                 ready_timeout=_requests.duration(ready_timeout),
                 idempotency_key=idempotency_key or "",
@@ -123,11 +150,13 @@ class CopyPlans(Generic[S]):
         sandbox: str,
         snapshot: str,
         *,
+        identity: Identity | str | None = None,
         wait_for_ready: bool = True,
         ready_timeout: Seconds | None = None,
     ) -> Plan[RevertResult[S]]:
         """Put the sandbox back onto one of its own snapshots; it keeps its id.
 
+        :param identity: "keep" (the default), or "renew".
         :raise SnapshotFailedError: when the safety snapshot failed; nothing was changed.
         :raise InvalidStateError: when the sandbox or the snapshot does not allow it.
         """
@@ -135,6 +164,7 @@ class CopyPlans(Generic[S]):
             request = pb.RevertSandboxRequest(
                 sandbox=sandbox,
                 snapshot=snapshot,
+                identity=_requests.identity(identity),
                 wait_for_ready=wait_for_ready,
                 ready_timeout=_requests.duration(ready_timeout),
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stratabox.client import _convert, _requests
 from stratabox.client._plans import Call, Fold, Plan, Script, Steps, Upload
+from stratabox.client._transfers import ImageTransfers
 from stratabox.client.errors import InvalidArgumentError
 from stratabox.client.records import BuildProgress, DiskFormat, Image, ImageDeletion, Page
 from stratabox.v1 import images_pb2 as pb
@@ -24,7 +25,7 @@ def format_by_suffix(path: Path) -> DiskFormat | None:
     return _SUFFIXES.get(path.suffix.lower())
 
 
-class ImagePlans:
+class ImagePlans(ImageTransfers):
     """Building, importing and removing images.
 
     What is said of names, units and errors at `client.sandboxes` holds here too.
@@ -80,11 +81,14 @@ class ImagePlans:
         *,
         name: str,
         format: DiskFormat | str | None = None,
+        cloud_init: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Plan[Image]:
         """Send a disk image that boots by itself. The daemon checks and converts it.
 
         :param format: "qcow2" or "raw"; None: what the file's suffix says (.qcow2, .raw, .img).
+        :param cloud_init: Its guests run cloud-init: each sandbox gets a seed, by which that sets
+            it up at its first boot, the agent included.
         :param progress: Called with bytes sent and bytes in all.
         :raise InvalidArgumentError: when the suffix says nothing, or not what the file begins like.
         :raise OSError: when the file cannot be read.
@@ -97,7 +101,9 @@ class ImagePlans:
         if chosen is None:
             raise InvalidArgumentError(f"the name {file.name!r} does not tell the image's format")
         with _requests.checked():
-            header = pb.ImportHeader(name=name, format=_convert.number(DiskFormat, chosen))
+            header = pb.ImportHeader(
+                name=name, format=_convert.number(DiskFormat, chosen), cloud_init=cloud_init
+            )
         with file.open("rb") as opened:
             is_qcow2 = opened.read(len(_QCOW_MAGIC)) == _QCOW_MAGIC
         if format is None and is_qcow2 != (chosen == DiskFormat.QCOW2):

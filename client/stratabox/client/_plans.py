@@ -8,6 +8,7 @@ same parameters and the same documentation, and differ only in `await`.
 Call     one request, one answer
 Fold     one request, a stream of answers that `step` reduces to one result
 Upload   a stream of requests, one answer
+Download one request, a stream of answers that are written somewhere
 Script   several of the above, one after another, each answer sent back into a generator
 Stream   one request, answers for as long as the caller reads them
 ```
@@ -66,6 +67,22 @@ class Upload(Plan[R]):
     rpc: str
     requests: Iterable[Message]
     convert: Callable[[Any], R]
+
+
+@dataclass(frozen=True)
+class Download(Plan[R]):
+    """One request, a stream of answers.
+
+    `step` takes each, `finish` is called after the last, `close` at the end whatever happens. All
+    of them may block.
+    """
+
+    service: str
+    rpc: str
+    request: Message
+    step: Callable[[Any], None]
+    finish: Callable[[], R]
+    close: Callable[[], None]
 
 
 Steps = Generator[Plan[Any], Any, R]

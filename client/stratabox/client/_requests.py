@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from enum import Enum
@@ -12,8 +12,15 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from stratabox.client import _convert
 from stratabox.client.errors import InvalidArgumentError
-from stratabox.client.records import SnapshotLevel
-from stratabox.v1 import records_pb2
+from stratabox.client.network_records import Network, NetworkMode
+from stratabox.client.records import (
+    Identity,
+    SnapshotLevel,
+    SnapshotSchedule,
+    TimeoutAction,
+    VolumeMount,
+)
+from stratabox.v1 import network_pb2, records_pb2
 
 #: Seconds, or a timedelta.
 Seconds = float | timedelta
@@ -88,6 +95,43 @@ def resources(
         return records_pb2.Resources(cpus=cpus, memory=memory, storage=storage)
 
 
+def identity(named: Identity | str | None) -> records_pb2.IdentityPolicy.ValueType:
+    """Choose the policy to ask for.
+
+    :raise InvalidArgumentError: when there is no such policy.
+    """
+    if named is None:
+        return records_pb2.IDENTITY_POLICY_UNSPECIFIED
+    chosen: records_pb2.IdentityPolicy.ValueType = _convert.number(Identity, named)
+    return chosen
+
+
+def on_timeout(
+    named: TimeoutAction | str | None,
+) -> records_pb2.TimeoutAction.ValueType:
+    """Choose what is done when the time is up; none is the daemon's default.
+
+    :raise InvalidArgumentError: when there is no such action.
+    """
+    if named is None:
+        return records_pb2.TIMEOUT_ACTION_UNSPECIFIED
+    chosen: records_pb2.TimeoutAction.ValueType = _convert.number(TimeoutAction, named)
+    return chosen
+
+
+def schedule(
+    value: SnapshotSchedule | Seconds | None,
+) -> records_pb2.SnapshotSchedule | None:
+    """Turn a schedule, or how often, into a message; none stays none."""
+    if value is None:
+        return None
+    if not isinstance(value, SnapshotSchedule):
+        value = SnapshotSchedule(every=timedelta(seconds=seconds(value)))
+    return records_pb2.SnapshotSchedule(
+        every=duration(value.every), level=level(value.level, quick=None)
+    )
+
+
 def level(
     named: SnapshotLevel | str | None, quick: bool | None
 ) -> records_pb2.SnapshotLevel.ValueType:
@@ -103,3 +147,46 @@ def level(
         return records_pb2.SNAPSHOT_LEVEL_UNSPECIFIED
     chosen: records_pb2.SnapshotLevel.ValueType = _convert.number(SnapshotLevel, named)
     return chosen
+
+
+def network(
+    value: Network | str | Sequence[str] | None,
+) -> network_pb2.Network | None:
+    """Turn a policy, "none", "egress", or what is allowed into a message; none stays none."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        mode = NetworkMode(value) if value in list(NetworkMode) else None
+        if mode not in (NetworkMode.NONE, NetworkMode.EGRESS):
+            raise InvalidArgumentError(
+                f'{value!r} is no network: "none", "egress", or a list of what is allowed'
+            )
+        value = Network(mode=mode, allow=("public",) if mode is NetworkMode.EGRESS else ())
+    elif not isinstance(value, Network):
+        value = Network(allow=tuple(value))
+    with checked():
+        return network_pb2.Network(mode=_convert.number(NetworkMode, value.mode), allow=value.allow)
+
+
+def mounts(volumes: Sequence[VolumeMount | str]) -> list[records_pb2.VolumeMount]:
+    """Build the volumes that a new sandbox gets.
+
+    :raise InvalidArgumentError: when a text is not VOLUME:/PATH, or that with :ro behind.
+    """
+    with checked():
+        return [
+            records_pb2.VolumeMount(volume=one.volume, path=one.path, read_only=one.read_only)
+            for one in (mount(each) if isinstance(each, str) else each for each in volumes)
+        ]
+
+
+def mount(text: str) -> VolumeMount:
+    """Read VOLUME:/PATH, with :ro behind where it is only to be read.
+
+    :raise InvalidArgumentError: when it is not that.
+    """
+    volume, found, path = text.partition(":/")
+    read_only = path.endswith(":ro")
+    if not found or not volume:
+        raise InvalidArgumentError(f"{text!r} is not VOLUME:/PATH or VOLUME:/PATH:ro")
+    return VolumeMount(volume=volume, path=f"/{path.removesuffix(':ro')}", read_only=read_only)

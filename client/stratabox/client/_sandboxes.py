@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from stratabox.client import _convert, _requests
-from stratabox.client._copies import CopyPlans
+from stratabox.client import _convert, _probes, _requests
+from stratabox.client._attachments import AttachmentPlans
 from stratabox.client._plans import Call, Fold, Plan, Script, Steps, Stream
-from stratabox.client._requests import Seconds
+from stratabox.client._requests import UNSET, Seconds, Unset
 from stratabox.client.errors import InvalidArgumentError, InvalidStateError, SandboxNotFoundError
+from stratabox.client.network_records import Network
+from stratabox.client.probe_records import ReadinessProbe
 from stratabox.client.records import (
     EventType,
     ExecuteResult,
+    Identity,
     Page,
     S,
     SandboxEvent,
     SandboxState,
+    SnapshotSchedule,
+    TimeoutAction,
+    VolumeMount,
 )
 from stratabox.v1 import records_pb2
 from stratabox.v1 import sandboxes_pb2 as pb
@@ -32,7 +39,7 @@ _NEVER_READY = (
 )
 
 
-class SandboxPlans(CopyPlans[S]):
+class SandboxPlans(AttachmentPlans[S]):
     """Creating, using, copying and ending sandboxes.
 
     Wherever a sandbox, snapshot or image is named, an id is taken, else an exact name that only
@@ -54,7 +61,19 @@ class SandboxPlans(CopyPlans[S]):
         metadata: Mapping[str, str] | None = None,
         tags: Sequence[str] = (),
         data_disks: Sequence[int] = (),
+        volumes: Sequence[VolumeMount | str] = (),
         cold: bool = False,
+        expires_at: datetime | None = None,
+        on_timeout: TimeoutAction | str | None = None,
+        keep_last: int = 0,
+        snapshot_schedule: SnapshotSchedule | Seconds | None = None,
+        verify: bool = False,
+        user_data: bytes | str = b"",
+        ssh_keys: Sequence[str] = (),
+        network: Network | str | Sequence[str] | None = None,
+        identity: Identity | str | None = None,
+        paused: bool = False,
+        readiness_probe: ReadinessProbe | None = None,
         wait_for_ready: bool = True,
         ready_timeout: Seconds | None = None,
         idempotency_key: str | None = None,
@@ -67,13 +86,42 @@ class SandboxPlans(CopyPlans[S]):
         :param storage: GiB of the root disk, no less than the image's.
         :param env: Given to every command that is executed.
         :param data_disks: Empty disks beside the root disk, GiB each.
+        :param volumes: What is mounted before it is ready, as records or as "VOLUME:/PATH" with
+            ":ro" behind where it is only to be read. Those of a snapshot's source it does not get.
         :param cold: Boot from a memory snapshot's disks instead of going on from its memory.
-        :param wait_for_ready: Return only when the guest's agent has answered.
+        :param expires_at: Aware: when `on_timeout` is done to it; None: never.
+        :param on_timeout: "terminate" (the default), "pause": to disk, or "snapshot": one is taken,
+            and then it is terminated.
+        :param keep_last: With each new snapshot of it the oldest beyond so many are deleted, but
+            for those with an expiry of their own, which do not count; 0: all are kept.
+        :param snapshot_schedule: Snapshots are taken of it by themselves, so often.
+        :param verify: Compare all of a memory snapshot's saved memory with its checksums first, and
+            refuse it (CorruptError) where they differ.
+        :param user_data: For cloud-init at the first boot, as "#cloud-config ..." or a script; with
+            this and the next the image must be known to run cloud-init.
+        :param ssh_keys: Lines of an authorized_keys file: who may log in as the image's user.
+        :param network: What it may reach: "none", "egress" (every public address), or a list of
+            what is allowed, as ["*.example.org:443", "10.1.0.0/16"]; None: what the snapshot's
+            source might, or the daemon's configuration says.
+        :param identity: "keep" or "renew": whether it is who the snapshot's source was. None: renew
+            for a snapshot, keep for an image.
+        :param paused: Leave it at its first instant, or the snapshot's; `resume` lets it go on. It
+            is not waited for.
+        :param readiness_probe: What must pass before it counts as ready; None: the snapshot's, if
+            any, and with nothing to check: none.
+        :param wait_for_ready: Return only when the guest's agent has answered and the probe passed.
         :param idempotency_key: The same key within 24 hours returns the same sandbox.
         :raise InvalidResourcesError: when a size is out of its limits.
         :raise AgentUnavailableError: when the guest was not ready in time; nothing is left of it.
+        :raise ProbeFailedError: when its probe did not pass in time; nothing is left of it.
+        :raise VolumeInUseError: when others have a volume so that it cannot.
+        :raise VolumeMountFailedError: when the guest could not mount one; nothing is left of it.
+        :raise DeniedError: NO_CLOUD_INIT, for user data or keys with another image.
+        :raise InvalidUserDataError: for what cloud-init would pass over.
+        :raise CloudInitFailedError: when that went wrong; nothing is left of it. With
+            `wait_for_ready` False it stays, and its `state_reason` says so.
         :raise QemuFailedError: when QEMU did not start; nothing is left of it.
-        :raise NoSpaceError: when the host has no room.
+        :raise NoSpaceError: when the host has no room, or its budget none.
         :raise IdempotencyMismatchError: when the key was used with another request.
         """
         if image and snapshot:
@@ -88,7 +136,19 @@ class SandboxPlans(CopyPlans[S]):
                 metadata=metadata or {},
                 tags=tags,
                 data_disks=data_disks,
+                volumes=_requests.mounts(volumes),
                 cold=cold,
+                expires_at=_requests.timestamp(expires_at),
+                on_timeout=_requests.on_timeout(on_timeout),
+                keep_last=keep_last,
+                snapshot_schedule=_requests.schedule(snapshot_schedule),
+                verify=verify,
+                user_data=user_data.encode() if isinstance(user_data, str) else user_data,
+                ssh_keys=ssh_keys,
+                network=_requests.network(network),
+                identity=_requests.identity(identity),
+                paused=paused,
+                readiness_probe=_probes.message(readiness_probe),
                 wait_for_ready=wait_for_ready,
                 ready_timeout=_requests.duration(ready_timeout),
                 idempotency_key=idempotency_key or "",
@@ -190,12 +250,43 @@ class SandboxPlans(CopyPlans[S]):
         env: Mapping[str, str] | None = None,
         metadata: Mapping[str, str] | None = None,
         tags: Sequence[str] | None = None,
+        expires_at: datetime | Unset | None = UNSET,
+        on_timeout: TimeoutAction | str | None = None,
+        keep_last: int | None = None,
+        snapshot_schedule: SnapshotSchedule | Seconds | Unset | None = UNSET,
+        readiness_probe: ReadinessProbe | Unset | None = UNSET,
+        network: Network | str | Sequence[str] | None = None,
     ) -> Plan[S]:
         """Replace what is given, whole; leave what is None.
 
-        :raise InvalidArgumentError: when a value breaks a limit.
+        :param expires_at: Aware; None: it never expires. Not given: as it is.
+        :param on_timeout: "terminate", "pause" or "snapshot".
+        :param keep_last: 0: all are kept.
+        :param snapshot_schedule: None: none are taken by themselves. Not given: as it is.
+        :param readiness_probe: From the next start on; None: none. Not given: as it is.
+        :param network: What it may reach, as at `create`, at once: connections that it does not
+            allow end.
+        :raise InvalidArgumentError: when a value breaks a limit, or the expiry is past.
         """
-        given = {"name": name, "env": env, "metadata": metadata, "tags": tags}
+        given = {
+            "name": name,
+            "env": env,
+            "metadata": metadata,
+            "tags": tags,
+            "on_timeout": on_timeout,
+            "keep_last": keep_last,
+            "network": network,
+        }
+        paths = [key for key in given if given[key] is not None]
+        expiry = None if isinstance(expires_at, Unset) else expires_at
+        if expires_at is not UNSET:
+            paths.append("expires_at")
+        rhythm = None if isinstance(snapshot_schedule, Unset) else snapshot_schedule
+        if snapshot_schedule is not UNSET:
+            paths.append("snapshot_schedule")
+        probe = None if isinstance(readiness_probe, Unset) else readiness_probe
+        if readiness_probe is not UNSET:
+            paths.append("readiness_probe")
         with _requests.checked():
             request = pb.UpdateSandboxRequest(
                 sandbox=records_pb2.Sandbox(
@@ -204,8 +295,14 @@ class SandboxPlans(CopyPlans[S]):
                     env=env or {},
                     metadata=metadata or {},
                     tags=tags or (),
+                    expires_at=_requests.timestamp(expiry),
+                    on_timeout=_requests.on_timeout(on_timeout),
+                    keep_last=keep_last or 0,
+                    network=_requests.network(network),
+                    snapshot_schedule=_requests.schedule(rhythm),
+                    readiness_probe=_probes.message(probe),
                 ),
-                update_mask=FieldMask(paths=[key for key in given if given[key] is not None]),
+                update_mask=FieldMask(paths=paths),
             )
         return Call(_SERVICE, "UpdateSandbox", request, self._make)
 
@@ -240,23 +337,48 @@ class SandboxPlans(CopyPlans[S]):
         waits = _requests.seconds(timeout)
         return Call(_SERVICE, "ExecuteCommand", request, _convert.execute_result, waits)
 
-    def pause(self, sandbox: str) -> Plan[S]:
+    def pause(self, sandbox: str, *, to_disk: bool = False) -> Plan[S]:
         """Stop the vCPUs and keep the RAM.
 
+        :param to_disk: Save the RAM to the host's disk and end the process; also for one that is
+            paused in memory. `resume` goes on at that instant, also after a reboot of the host.
         :raise InvalidStateError: when the sandbox does not run.
+        :raise GuestBootingError: to disk, when its agent has not answered since its start.
+        :raise NoSpaceError: to disk, when the host has no room; the guest goes on.
         """
         with _requests.checked():
-            request = pb.PauseSandboxRequest(sandbox=sandbox)
+            request = pb.PauseSandboxRequest(sandbox=sandbox, to_disk=to_disk)
         return Call(_SERVICE, "PauseSandbox", request, self._make)
 
-    def resume(self, sandbox: str) -> Plan[S]:
+    def resume(
+        self,
+        sandbox: str,
+        *,
+        identity: Identity | str | None = None,
+        wait_for_ready: bool = True,
+        ready_timeout: Seconds | None = None,
+    ) -> Plan[S]:
         """Continue a paused sandbox.
 
+        :param identity: "keep" or "renew": who it is from now on. None: what its restore said, and
+            otherwise who it was.
+        :param wait_for_ready: Return only when the guest's agent has answered, where it goes on
+            from saved memory.
         :raise InvalidStateError: when it is not paused.
+        :raise MachineMismatchError: when its saved memory cannot go on on the daemon's host; it
+            stays paused. Stopped and started, it boots its disks.
+        :raise CorruptError: when its saved memory is damaged; it stays paused.
+        :raise AgentUnavailableError: when the guest was not ready in time; it runs.
         """
         with _requests.checked():
-            request = pb.ResumeSandboxRequest(sandbox=sandbox)
-        return Call(_SERVICE, "ResumeSandbox", request, self._make)
+            request = pb.ResumeSandboxRequest(
+                sandbox=sandbox,
+                identity=_requests.identity(identity),
+                wait_for_ready=wait_for_ready,
+                ready_timeout=_requests.duration(ready_timeout),
+            )
+        waits = _requests.seconds(ready_timeout)
+        return Call(_SERVICE, "ResumeSandbox", request, self._make, waits)
 
     def stop(self, sandbox: str, *, force: bool = False, timeout: Seconds | None = None) -> Plan[S]:
         """Shut the guest down, and by force when that takes too long; the disks stay.
@@ -275,11 +397,14 @@ class SandboxPlans(CopyPlans[S]):
         self,
         sandbox: str,
         *,
+        readiness_probe: ReadinessProbe | None = None,
         wait_for_ready: bool = True,
         ready_timeout: Seconds | None = None,
     ) -> Plan[S]:
         """Boot a stopped or failed sandbox from its disks.
 
+        :param readiness_probe: What must pass from now on before it is ready; None: what it has.
+        :raise ProbeFailedError: when that did not pass in time; it runs.
         :raise InvalidStateError: when it is neither.
         :raise AgentUnavailableError: when the guest was not ready in time.
         :raise QemuFailedError: when QEMU did not start.
@@ -287,6 +412,7 @@ class SandboxPlans(CopyPlans[S]):
         with _requests.checked():
             request = pb.StartSandboxRequest(
                 sandbox=sandbox,
+                readiness_probe=_probes.message(readiness_probe),
                 wait_for_ready=wait_for_ready,
                 ready_timeout=_requests.duration(ready_timeout),
             )

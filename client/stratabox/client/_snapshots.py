@@ -9,12 +9,18 @@ from typing import Generic
 
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from stratabox.client import _convert, _requests
+from stratabox.client import _convert, _probes, _requests
+from stratabox.client._jobs import job_of
 from stratabox.client._plans import Call, Fold, Plan, Script, Steps, Stream
 from stratabox.client._requests import UNSET, Seconds, Unset
+from stratabox.client._transfers import SnapshotTransfers
+from stratabox.client.background import Compaction
 from stratabox.client.errors import SnapshotFailedError, SnapshotNotFoundError
+from stratabox.client.network_records import Network
+from stratabox.client.probe_records import ReadinessProbe
 from stratabox.client.records import (
     EventType,
+    Identity,
     Page,
     S,
     Snapshot,
@@ -22,11 +28,15 @@ from stratabox.client.records import (
     SnapshotEvent,
     SnapshotLevel,
     SnapshotState,
+    TimeoutAction,
+    VolumeMount,
 )
 from stratabox.v1 import records_pb2
 from stratabox.v1 import snapshots_pb2 as pb
 
 _SERVICE = "snapshots"
+_COMPACT_SECONDS = 24 * 3600.0
+"""For what the daemon does when it has time for it: a call's own limit is no measure of that."""
 
 
 def create_snapshot(
@@ -54,7 +64,7 @@ def create_snapshot(
     return Call(_SERVICE, "CreateSnapshot", request, _convert.snapshot)
 
 
-class SnapshotPlans(Generic[S]):
+class SnapshotPlans(SnapshotTransfers, Generic[S]):
     """Taking, keeping and restoring snapshots.
 
     What is said of names, units and errors at `client.sandboxes` holds here too.
@@ -208,17 +218,33 @@ class SnapshotPlans(Generic[S]):
             )
         return Call(_SERVICE, "UpdateSnapshot", request, _convert.snapshot)
 
-    def delete(self, snapshot: str) -> Plan[SnapshotDeletion]:
+    def delete(self, snapshot: str, *, dry_run: bool = False) -> Plan[SnapshotDeletion]:
         """Remove the record at once, and its layers when nothing needs them any more.
 
-        Sandboxes and snapshots made from it go on working; the result estimates what stays
-        because of them.
+        Sandboxes and snapshots made from it go on working; the result tells what stays because of
+        them.
 
-        :raise InvalidStateError: when it is being created.
+        :param dry_run: Change nothing, and tell what would come free.
+        :raise InvalidStateError: when it is being created, or reverted to.
         """
         with _requests.checked():
-            request = pb.DeleteSnapshotRequest(snapshot=snapshot)
+            request = pb.DeleteSnapshotRequest(snapshot=snapshot, dry_run=dry_run)
         return Call(_SERVICE, "DeleteSnapshot", request, _convert.snapshot_deletion)
+
+    def compact(self, snapshot: str, *, wait: bool = True) -> Plan[Compaction]:
+        """Have a snapshot's own layers compressed, by jobs in the background.
+
+        What it takes gets less, and reading it a little slower. What is compressed already is left
+        alone.
+
+        :param wait: Return only when it is done.
+        :raise SnapshotNotReadyError: when it is not ready.
+        :raise CompactFailedError: when a job failed; the snapshot is as it was.
+        :raise InterruptedOperationError: when a job was cancelled.
+        """
+        with _requests.checked():
+            request = pb.CompactSnapshotRequest(snapshot=snapshot, wait=wait)
+        return Call(_SERVICE, "CompactSnapshot", request, _compaction, waits=_COMPACT_SECONDS)
 
     def restore(
         self,
@@ -231,7 +257,15 @@ class SnapshotPlans(Generic[S]):
         env: Mapping[str, str] | None = None,
         metadata: Mapping[str, str] | None = None,
         tags: Sequence[str] = (),
+        volumes: Sequence[VolumeMount | str] = (),
         cold: bool = False,
+        expires_at: datetime | None = None,
+        on_timeout: TimeoutAction | str | None = None,
+        verify: bool = False,
+        network: Network | str | Sequence[str] | None = None,
+        identity: Identity | str | None = None,
+        paused: bool = False,
+        readiness_probe: ReadinessProbe | None = None,
         wait_for_ready: bool = True,
         ready_timeout: Seconds | None = None,
         idempotency_key: str | None = None,
@@ -243,13 +277,26 @@ class SnapshotPlans(Generic[S]):
         :param cpus: Instead of the snapshot's, as memory (MiB); storage (GiB) may only grow. Not
             when it goes on from memory.
         :param cold: Boot from a memory snapshot's disks instead of going on from its memory.
+        :param verify: Compare all of a memory snapshot's saved memory with its checksums first, and
+            refuse it (CorruptError) where they differ.
+        :param network: What it may reach, as at `client.sandboxes.create`; None: what its source
+            might.
+        :param identity: "keep" or "renew" (the default): whether it is who its source was.
+        :param paused: Leave it at the snapshot's instant; `resume` lets it go on. It is not waited
+            for.
+        :param expires_at: Aware: when `on_timeout` ("terminate", "pause" or "snapshot") is done to
+            it.
         :param env: Over the snapshot's env, key by key.
         :param metadata: Of the new sandbox, as tags.
+        :param readiness_probe: As at `client.sandboxes.create`; None: the snapshot's.
+        :param volumes: As at `client.sandboxes.create`. Those of its source it does not get:
+            `left_behind` tells which.
         :raise SnapshotNotReadyError: when it is not ready.
         :raise InvalidResourcesError: when a size is out of its limits.
         :raise ResourcesFixedError: when the saved memory rules that size out.
         :raise MachineMismatchError: when the saved memory cannot go on on the daemon's host.
         :raise AgentUnavailableError: when the guest was not ready in time; nothing is left of it.
+        :raise ProbeFailedError: when its probe did not pass in time; nothing is left of it.
         :raise QemuFailedError: when QEMU did not start; nothing is left of it.
         :raise NoSpaceError: when the host has no room.
         """
@@ -261,7 +308,15 @@ class SnapshotPlans(Generic[S]):
                 env=env or {},
                 metadata=metadata or {},
                 tags=tags,
+                volumes=_requests.mounts(volumes),
                 cold=cold,
+                expires_at=_requests.timestamp(expires_at),
+                on_timeout=_requests.on_timeout(on_timeout),
+                verify=verify,
+                network=_requests.network(network),
+                identity=_requests.identity(identity),
+                paused=paused,
+                readiness_probe=_probes.message(readiness_probe),
                 wait_for_ready=wait_for_ready,
                 ready_timeout=_requests.duration(ready_timeout),
                 idempotency_key=idempotency_key or "",
@@ -325,3 +380,10 @@ def _ready(record: Snapshot, *, gone: bool = False) -> Snapshot | None:
     if gone or record.state in (SnapshotState.DELETING, SnapshotState.DELETED):
         raise SnapshotNotFoundError(f"the snapshot {record.id} was deleted", metadata=metadata)
     return record if record.state is SnapshotState.READY else None
+
+
+def _compaction(message: pb.CompactSnapshotResponse) -> Compaction:
+    return Compaction(
+        snapshot=_convert.snapshot(message.snapshot),
+        jobs=tuple(job_of(one) for one in message.jobs),
+    )

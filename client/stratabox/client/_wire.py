@@ -5,15 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
-from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_status import rpc_status
 
 from stratabox.client import errors
+from stratabox.client._access import Access, WithMetadata
+from stratabox.client.access_errors import (
+    ForbiddenError,
+    RateLimitedError,
+    UnauthenticatedError,
+)
 from stratabox.client.errors import StrataboxError
+from stratabox.v1.console_pb2_grpc import ConsoleServiceStub
+from stratabox.v1.events_pb2_grpc import EventsServiceStub
+from stratabox.v1.exec_pb2_grpc import ExecServiceStub
+from stratabox.v1.files_pb2_grpc import FilesServiceStub
 from stratabox.v1.host_pb2_grpc import HostServiceStub
 from stratabox.v1.images_pb2_grpc import ImagesServiceStub
+from stratabox.v1.jobs_pb2_grpc import JobsServiceStub
+from stratabox.v1.metrics_pb2_grpc import MetricsServiceStub
+from stratabox.v1.ports_pb2_grpc import PortsServiceStub
 from stratabox.v1.sandboxes_pb2_grpc import SandboxesServiceStub
 from stratabox.v1.snapshots_pb2_grpc import SnapshotsServiceStub
+from stratabox.v1.ssh_pb2_grpc import SshServiceStub
+from stratabox.v1.transfers_pb2_grpc import TransfersServiceStub
+from stratabox.v1.volumes_pb2_grpc import VolumesServiceStub
+from stratabox.v1.workspaces_pb2_grpc import WorkspacesServiceStub
 
 # An answer of `execute` may hold twice 16 MiB of output.
 _LARGEST_MESSAGE = 64 << 20  # bytes
@@ -35,6 +52,8 @@ _BY_CODE: dict[grpc.StatusCode, type[StrataboxError]] = {
     grpc.StatusCode.ABORTED: errors.ConflictError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.NoSpaceError,
     grpc.StatusCode.UNAVAILABLE: errors.UnavailableError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.PERMISSION_DENIED: ForbiddenError,
     grpc.StatusCode.DATA_LOSS: errors.CorruptError,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceededError,
     grpc.StatusCode.UNIMPLEMENTED: errors.UnsupportedError,
@@ -42,13 +61,26 @@ _BY_CODE: dict[grpc.StatusCode, type[StrataboxError]] = {
 }
 
 
-def stubs(channel: Any) -> dict[str, Any]:
+def stubs(channel: Any, access: Access) -> dict[str, Any]:
     """Make the stubs of every service, by the names that plans use."""
+    if access.metadata:
+        channel = WithMetadata(channel, access.metadata)
     return {
         "sandboxes": SandboxesServiceStub(channel),
         "snapshots": SnapshotsServiceStub(channel),
+        "volumes": VolumesServiceStub(channel),
         "images": ImagesServiceStub(channel),
+        "files": FilesServiceStub(channel),
+        "events": EventsServiceStub(channel),
+        "exec": ExecServiceStub(channel),
         "host": HostServiceStub(channel),
+        "jobs": JobsServiceStub(channel),
+        "transfers": TransfersServiceStub(channel),
+        "console": ConsoleServiceStub(channel),
+        "metrics": MetricsServiceStub(channel),
+        "ports": PortsServiceStub(channel),
+        "ssh": SshServiceStub(channel),
+        "workspaces": WorkspacesServiceStub(channel),
     }
 
 
@@ -65,10 +97,13 @@ def unpack(error: grpc.RpcError, address: str) -> StrataboxError:
     call: Any = error  # every RpcError that a call raises is a call, too
     code: grpc.StatusCode = call.code()
     details: str = call.details() or ""
-    info = _error_info(call)
-    if info is not None:
-        otherwise = _BY_CODE.get(code, StrataboxError)
-        return errors.from_reason(info.reason, details, dict(info.metadata), otherwise=otherwise)
+    info, wait = ErrorInfo(), RetryInfo()
+    if _find_details(call, info, wait):
+        otherwise = RateLimitedError if wait.ListFields() else _BY_CODE.get(code, StrataboxError)
+        made = errors.from_reason(info.reason, details, dict(info.metadata), otherwise=otherwise)
+        if isinstance(made, RateLimitedError) and wait.ListFields():
+            made.retry_after = wait.retry_delay.ToMilliseconds() / 1000
+        return made
     if code is grpc.StatusCode.UNAVAILABLE:
         return errors.DaemonUnavailableError(_unreachable(details, address), address=address)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -81,16 +116,17 @@ def unpack(error: grpc.RpcError, address: str) -> StrataboxError:
     return _BY_CODE.get(code, StrataboxError)(details, reason=code.name)
 
 
-def _error_info(call: Any) -> ErrorInfo | None:
+def _find_details(call: Any, info: ErrorInfo, wait: RetryInfo) -> bool:
+    """Fill in what the status says beside its text; whether there is an ErrorInfo."""
     try:
         status = rpc_status.from_call(call)
     except ValueError:  # the trailer contradicts the call: somebody else's doing
-        return None
+        return False
+    found = False
     for detail in status.details if status is not None else ():
-        info = ErrorInfo()
-        if detail.Unpack(info):
-            return info
-    return None
+        found = detail.Unpack(info) or found
+        detail.Unpack(wait)
+    return found
 
 
 def _unreachable(details: str, address: str) -> str:

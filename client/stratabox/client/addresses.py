@@ -3,7 +3,7 @@
 The first of these that says something:
 
 1. the address given by the caller;
-2. `STRATABOX_ADDRESS`: `unix:///path` or `http://host:port`;
+2. `STRATABOX_ADDRESS`: `unix:///path`, `https://host:port`, or `http://host:port`;
 3. `address` in the configuration file (`STRATABOX_CONFIG`, else /etc/stratabox/config.toml for
    root, $XDG_CONFIG_HOME/stratabox/config.toml for others);
 4. `STRATABOX_STATE_DIR`, else `state_dir` in that file: its api.sock;
@@ -15,6 +15,7 @@ The daemon has the same rule in its own configuration module.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +59,7 @@ def default_address(environ: Mapping[str, str] | None = None, *, uid: int | None
 def grpc_target(address: str) -> str:
     """Turn an address into what gRPC connects to.
 
-    :raise InvalidAddressError: when it is neither `unix:///path` nor `http://host:port`.
+    :raise InvalidAddressError: when it is neither `unix:///path` nor `http[s]://host:port`.
     """
     if address.startswith("unix:///"):
         path = address.removeprefix("unix://")
@@ -69,15 +70,24 @@ def grpc_target(address: str) -> str:
         return f"unix://{quote(path)}"
     try:
         parts = urlsplit(address)
-        good = parts.scheme == "http" and parts.hostname and parts.port
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port
         good = good and parts.path in ("", "/") and not parts.query and not parts.username
     except ValueError:
         good = False
     if not good:
         raise InvalidAddressError(
-            f"the address {address!r} is neither unix:///path nor http://host:port"
+            f"the address {address!r} is neither unix:///path nor http[s]://host:port"
         )
     return parts.netloc
+
+
+def is_loopback(address: str) -> bool:
+    """Tell whether what is sent to a TCP address stays on this host."""
+    host = urlsplit(address).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _configuration(env: Mapping[str, str], *, root: bool) -> dict[str, Any]:

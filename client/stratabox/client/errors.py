@@ -2,18 +2,27 @@
 
 ```
 StrataboxError
-├── NotFoundError          SandboxNotFoundError, SnapshotNotFoundError, ImageNotFoundError
-├── AlreadyExistsError     ImageAlreadyExistsError
+├── NotFoundError          SandboxNotFoundError, SnapshotNotFoundError, ImageNotFoundError,
+│                          VolumeNotFoundError, VolumeSnapshotNotFoundError, JobNotFoundError,
+│                          PortNotFoundError
+├── AlreadyExistsError     ImageAlreadyExistsError, VolumeAlreadyExistsError, PortInUseError
 ├── InvalidArgumentError   InvalidResourcesError, InvalidImageError, IdempotencyMismatchError,
-│                          InvalidAddressError
+│                          InvalidAddressError, InvalidArchiveError, InvalidUserDataError
 ├── DeniedError            InvalidStateError, AmbiguousNameError, ImageInUseError,
-│                          SnapshotNotReadyError, ToolMissingError, KvmUnusableError
+│                          SnapshotNotReadyError, ToolMissingError, KvmUnusableError,
+│                          MissingBaseError, TrustRequiredError, VolumeInUseError,
+│                          VolumeNotReadyError, VolumeNotAttachedError, VolumeNotCleanError,
+│                          VolumesUnsupportedError, VolumesUnsettledError,
+│                          PortNotAllowedError, NoSshdError
 ├── FailedError            SnapshotFailedError, ImageBuildFailedError, QemuFailedError,
-│                          CommandFailedError
-├── ConflictError          InterruptedOperationError
-├── NoSpaceError
+│                          LibvirtRefusedError, CommandFailedError, CompactFailedError,
+│                          VolumeBusyError, VolumeMountFailedError, VolumeGrowFailedError,
+│                          CloudInitFailedError, ConnectionRefusedByGuestError
+├── ConflictError          InterruptedOperationError, ResumeMismatchError
+├── NoSpaceError           AdmissionRefusedError, BudgetExceededError, StoreNearlyFullError
 ├── UnavailableError       AgentUnavailableError, MonitorUnavailableError,
-│                          LibvirtUnavailableError, DaemonUnavailableError
+│                          LibvirtUnavailableError, DaemonUnavailableError,
+│                          ConnectionLostError
 ├── CorruptError
 ├── DeadlineExceededError
 ├── UnsupportedError
@@ -69,6 +78,12 @@ class SandboxNotFoundError(NotFoundError):
     default_reason = "SANDBOX_NOT_FOUND"
 
 
+class ProcessNotFoundError(NotFoundError):
+    """No detached process of that sandbox has that id."""
+
+    default_reason = "PROCESS_NOT_FOUND"
+
+
 class SnapshotNotFoundError(NotFoundError):
     """No snapshot has that id or name."""
 
@@ -79,6 +94,12 @@ class ImageNotFoundError(NotFoundError):
     """No image has that id or name."""
 
     default_reason = "IMAGE_NOT_FOUND"
+
+
+class JobNotFoundError(NotFoundError):
+    """No job has that id; those that were over a day ago are forgotten."""
+
+    default_reason = "JOB_NOT_FOUND"
 
 
 class AlreadyExistsError(StrataboxError):
@@ -111,10 +132,22 @@ class ResourcesFixedError(InvalidArgumentError):
     default_reason = "RESOURCES_FIXED"
 
 
+class InvalidUserDataError(InvalidArgumentError):
+    """cloud-init would pass over it; the message says why."""
+
+    default_reason = "INVALID_USER_DATA"
+
+
 class InvalidImageError(InvalidArgumentError):
     """The file is no disk image that can be taken in."""
 
     default_reason = "INVALID_IMAGE"
+
+
+class InvalidArchiveError(InvalidArgumentError):
+    """It is no archive that can be taken in, or it is damaged; the message says where."""
+
+    default_reason = "INVALID_ARCHIVE"
 
 
 class IdempotencyMismatchError(InvalidArgumentError):
@@ -157,6 +190,18 @@ class SnapshotNotReadyError(DeniedError):
     """The snapshot is still being taken, or it failed."""
 
     default_reason = "SNAPSHOT_NOT_READY"
+
+
+class MissingBaseError(DeniedError):
+    """The archive stands on layers that are not there: import what it was exported since first."""
+
+    default_reason = "MISSING_BASE"
+
+
+class TrustRequiredError(DeniedError):
+    """Memory of an archive was not taken, as it was not said that it can be trusted."""
+
+    default_reason = "TRUST_REQUIRED"
 
 
 class ToolMissingError(DeniedError):
@@ -212,6 +257,24 @@ class QemuFailedError(FailedError):
     default_reason = "QEMU_FAILED"
 
 
+class LibvirtRefusedError(FailedError):
+    """libvirt does not start the guest; the message has its words, the metadata its `code`."""
+
+    default_reason = "LIBVIRT_REFUSED"
+
+
+class CompactFailedError(FailedError):
+    """The snapshot was not compressed; the metadata names the job and its cause."""
+
+    default_reason = "COMPACT_FAILED"
+
+
+class CloudInitFailedError(FailedError):
+    """The guest's cloud-init did not do all that its user data says; the message has its words."""
+
+    default_reason = "CLOUD_INIT_FAILED"
+
+
 class CommandFailedError(FailedError):
     """The command did not end with exit code 0. Raised by `ExecuteResult.check` alone."""
 
@@ -228,6 +291,12 @@ class ConflictError(StrataboxError):
     default_reason = "CONFLICT"
 
 
+class ResumeMismatchError(ConflictError):
+    """What was received of an archive is of something else, or of a record that has changed."""
+
+    default_reason = "RESUME_MISMATCH"
+
+
 class InterruptedOperationError(ConflictError):
     """What this worked on was ended meanwhile."""
 
@@ -238,6 +307,24 @@ class NoSpaceError(StrataboxError):
     """No room on the daemon's host."""
 
     default_reason = "NO_SPACE"
+
+
+class AdmissionRefusedError(NoSpaceError):
+    """No room for one more guest: of metadata's `resource`, in MiB where it is memory or disk."""
+
+    default_reason = "ADMISSION_REFUSED"
+
+
+class BudgetExceededError(NoSpaceError):
+    """The daemon's store has all that its budget allows; the metadata has the figures, in bytes."""
+
+    default_reason = "BUDGET_EXCEEDED"
+
+
+class StoreNearlyFullError(NoSpaceError):
+    """The file system of the daemon's store is fuller than its high-water mark allows."""
+
+    default_reason = "STORE_NEARLY_FULL"
 
 
 class UnavailableError(StrataboxError):
@@ -323,8 +410,17 @@ _BY_REASON = _by_reason(StrataboxError) | {
     "GUEST_ENDED": FailedError,
     "AGENT_FAILED": FailedError,
     "QEMU_IMG_FAILED": FailedError,
+    "MKFS_FAILED": FailedError,
     "SNAPSHOT_UNSETTLED": FailedError,
+    "LISTEN_FAILED": FailedError,
+    "SSHD_FAILED": FailedError,
+    "CGROUP_FAILED": FailedError,
 }
+
+
+def learn(*kinds: type[StrataboxError]) -> None:
+    """Know classes of reasons that are defined elsewhere."""
+    _BY_REASON.update((kind.default_reason, kind) for kind in kinds)
 
 
 def from_reason(

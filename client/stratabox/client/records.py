@@ -13,6 +13,8 @@ from enum import StrEnum
 from typing import Generic, TypeVar
 
 from stratabox.client.errors import CommandFailedError, StrataboxError
+from stratabox.client.network_records import Network
+from stratabox.client.probe_records import ReadinessProbe
 
 T = TypeVar("T")
 #: The face's own class of sandbox: `Sandbox` or `AsyncSandbox`.
@@ -30,6 +32,27 @@ class SandboxState(StrEnum):
     TERMINATED = "terminated"
     FAILED = "failed"
     #: A state that this version of the client does not know.
+    UNKNOWN = "unknown"
+
+
+class TimeoutAction(StrEnum):
+    """What is done to a sandbox whose time is up."""
+
+    TERMINATE = "terminate"
+    #: To disk.
+    PAUSE = "pause"
+    #: A snapshot is taken, and then it is terminated.
+    SNAPSHOT = "snapshot"
+    UNKNOWN = "unknown"
+
+
+class AttachmentState(StrEnum):
+    """Where an attachment of a volume is in its life."""
+
+    ATTACHING = "attaching"
+    #: Mounted in the guest, or claimed by a sandbox that does not run.
+    ATTACHED = "attached"
+    DETACHING = "detaching"
     UNKNOWN = "unknown"
 
 
@@ -62,6 +85,16 @@ class SnapshotLevel(StrEnum):
     APPLICATION = "application"
     #: RAM, devices and every disk at one instant.
     MEMORY = "memory"
+    UNKNOWN = "unknown"
+
+
+class Identity(StrEnum):
+    """Who a guest that is a copy, or that goes on from saved memory, is."""
+
+    #: Who it was: host name, machine-id, SSH host keys and MAC address stay.
+    KEEP = "keep"
+    #: Somebody new.
+    RENEW = "renew"
     UNKNOWN = "unknown"
 
 
@@ -121,6 +154,46 @@ class Machine:
     cpu_model: str
     qemu_version: str
     firmware_sha256: str
+    #: It has a bus for volumes.
+    volumes: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """Bytes on the host's disk."""
+
+    #: What it would take if it stood alone.
+    logical_bytes: int
+    #: What comes free when it alone is deleted.
+    own_bytes: int
+    #: What it stands on together with others, and what stays for others.
+    shared_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotSchedule:
+    """Snapshots of a sandbox that are taken by the clock."""
+
+    every: timedelta
+    #: None: as for a snapshot by hand.
+    level: SnapshotLevel | None = None
+    #: When the next one is due; set by the daemon.
+    next_at: datetime | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeMount:
+    """A volume in a sandbox."""
+
+    #: Its id; in requests also its name.
+    volume: str
+    #: Where the guest has it mounted.
+    path: str
+    read_only: bool = False
+    #: Set by the daemon, like `state`.
+    volume_name: str | None = None
+    #: None where it is not said to be there now.
+    state: AttachmentState | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +222,25 @@ class SandboxRecord:
     disks: tuple[Disk, ...]
     machine: Machine | None
     generation: int
+    #: State paused: its memory is on the host's disk, and no process runs.
+    paused_to_disk: bool
+    #: State paused to disk: bytes of RAM on the host's disk.
+    memory_bytes: int
+    #: When `on_timeout` is done to it.
+    expires_at: datetime | None
+    on_timeout: TimeoutAction
+    #: As it is now: it changes without the record, and so is no part of what makes two equal.
+    space: Space = field(compare=False)
+    #: How many of its snapshots are kept; 0: all.
+    keep_last: int
+    snapshot_schedule: SnapshotSchedule | None
+    volumes: tuple[VolumeMount, ...]
+    #: Volumes that its source had at that instant and that it did not get.
+    left_behind: tuple[VolumeMount, ...]
+    #: What must pass before it is ready; None: its agent's answer is enough.
+    readiness_probe: ReadinessProbe | None = None
+    #: What it may reach.
+    network: Network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +275,19 @@ class Snapshot:
     pause_ms: float | None
     #: Level memory: how the pages that the guest had written were told.
     page_tracking: PageTracking | None
+    #: What it was taken on, which a restore of its memory needs.
+    machine: Machine | None
     generation: int
+    #: As it is now: it changes without the record, and so is no part of what makes two equal.
+    space: Space = field(compare=False)
+    #: Bytes on the host's disk of those of its own layers that are stored compressed.
+    compressed_bytes: int
+    #: What its sandbox had at that instant; no part of it.
+    volumes: tuple[VolumeMount, ...]
+    #: What its sandbox might reach; None: not known.
+    network: Network | None
+    #: Its sandbox's.
+    readiness_probe: ReadinessProbe | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +306,10 @@ class Image:
     kernel_command_line: str | None
     created_at: datetime
     generation: int
+    #: As it is now: it changes without the record, and so is no part of what makes two equal.
+    space: Space = field(compare=False)
+    #: Its guests run cloud-init, and each sandbox gets a seed.
+    cloud_init: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +335,10 @@ class ExecuteResult:
     stderr_truncated: bool
     timed_out: bool
     duration: timedelta
+    #: It was killed, and meanwhile the guest had no memory left, and its kernel killed something.
+    out_of_memory: bool = False
+    #: It failed to write, and a disk of the guest is full.
+    disk_full: bool = False
 
     @property
     def ok(self) -> bool:
@@ -256,6 +368,10 @@ class ExecuteResult:
             ended = f"was ended by signal {self.signal}"
         else:
             ended = f"ended with exit code {self.exit_code}"
+        if self.out_of_memory:
+            ended += ", as the guest had no memory left"
+        elif self.disk_full:
+            ended += ", and a disk of the guest is full"
         last = self.stderr_text.strip().splitlines()[-1:]
         raise CommandFailedError(": ".join([f"the command {ended}", *last]), self)
 
@@ -299,11 +415,13 @@ class RevertResult(Generic[S]):
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotDeletion:
-    """What deleting a snapshot does to the host's disk. The figures are estimates."""
+    """What deleting a snapshot does to the host's disk."""
 
     id: str
     freed_bytes: int
+    #: What it has of its own and stays for others.
     kept_bytes: int
+    #: Ids of those, the nearest first; 100 at most.
     kept_for: tuple[str, ...]
 
 
@@ -343,23 +461,40 @@ class BuildProgress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """One key of the daemon's configuration: its value as TOML, and where that came from."""
+class Finding:
+    """One thing that a check found not to be as it must be."""
 
-    key: str
-    value: str
-    source: str
+    #: Stable, as an error's: RAM_CORRUPT, STATE_CORRUPT, LAYER_MISSING, LAYER_CORRUPT,
+    #: BLOB_MISSING, BLOB_CORRUPT, NOT_SEALED, STRAY_FILE, HOST_DISK_FAILED; and of guests:
+    #: GUEST_STOPPED, GUEST_RUNS, GUEST_FROZEN, PAUSED_WITHOUT_REASON, PROCESS_LOST,
+    #: ORPHANED_DOMAIN, GRAPH_MISMATCH, DISK_FAILED, MONITOR_UNAVAILABLE.
+    reason: str
+    #: "snapshot", "sandbox", "layer", "image", "file" or "process".
+    kind: str
+    #: Its id, the file's name, or the process's number.
+    subject: str
+    #: What is wrong.
+    message: str
+    #: What to do.
+    cure: str
+    #: What was done about it; empty: nothing.
+    repaired: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Host:
-    """The daemon and what it uses."""
+class Checked:
+    """What a check of all that is kept has found; no findings: all is well."""
 
-    version: str
-    state_dir: str
-    launcher: str
-    accelerator: str
-    accelerator_reason: str
-    qemu_version: str
-    settings: tuple[Setting, ...]
-    pid: int
+    findings: tuple[Finding, ...]
+    #: Files that were looked at.
+    files: int
+    #: Bytes that were read of them.
+    bytes: int
+    #: What is in the folder "quarantine": nothing needs it, and nobody but you removes it.
+    quarantined_files: int
+    quarantined_bytes: int
+
+    @property
+    def left(self) -> tuple[Finding, ...]:
+        """What was found and not repaired."""
+        return tuple(finding for finding in self.findings if not finding.repaired)

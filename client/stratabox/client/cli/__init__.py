@@ -8,7 +8,24 @@ from __future__ import annotations
 
 import click
 
-from stratabox.client.cli import config, daemon, doctor, image, sandbox, snapshot, version
+from stratabox.client.cli import (
+    check,
+    config,
+    daemon,
+    df,
+    doctor,
+    events,
+    host,
+    image,
+    job,
+    key,
+    sandbox,
+    snapshot,
+    ssh,
+    version,
+    volume,
+    workspace,
+)
 from stratabox.client.cli.app import Commands
 from stratabox.client.cli.options import common
 
@@ -19,8 +36,9 @@ Exit codes:
   0    done
   1    it was tried and failed
   2    the command line or the request cannot be right
-  3    there is no such sandbox, snapshot or image
-  4    its state does not allow that, something needs it, or the name is ambiguous or taken
+  3    there is no such sandbox, snapshot, image or volume
+  4    its state does not allow that, something needs it, the name is ambiguous or taken, or the
+       API key is not good for it
   5    no daemon answers
   124  the time was up (--timeout, --wait-timeout)
   130  interrupted
@@ -28,7 +46,8 @@ Exit codes:
 
 \b
 The daemon is looked for at --address, STRATABOX_ADDRESS, the configuration file's
-address, or the state folder's default socket."""
+address, or the state folder's default socket. TCP addresses take an API key, from
+STRATABOX_API_KEY, and https ones may take STRATABOX_CA_FILE."""
 
 
 @click.group(cls=Commands, epilog=_EPILOG, context_settings={"max_content_width": 100})
@@ -40,10 +59,19 @@ def cli() -> None:
 cli.add_command(sandbox.sandbox)
 cli.add_command(snapshot.snapshot)
 cli.add_command(image.image)
+cli.add_command(job.job)
+cli.add_command(key.key)
+cli.add_command(df.df)
+cli.add_command(check.check)
 cli.add_command(config.config)
 cli.add_command(doctor.doctor)
+cli.add_command(host.host)
 cli.add_command(daemon.daemon)
+cli.add_command(events.events)
+cli.add_command(ssh.ssh_config)
 cli.add_command(version.version)
+cli.add_command(volume.volume)
+cli.add_command(workspace.workspace)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What every command shares: the two global options, the client, and how a run ends."""
+"""What every command shares: the global options, the client, and how a run ends."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class App:
 
     def __init__(self) -> None:
         self.address: str | None = None
+        self.workspace: str | None = None
         self.json = False
 
     @contextmanager
@@ -29,7 +30,7 @@ class App:
         """Open the SDK's client for the length of a command."""
         from stratabox.client.sync import Client
 
-        with Client(self.address) as client:
+        with Client(self.address, workspace=self.workspace) as client:
             yield client
 
     @property

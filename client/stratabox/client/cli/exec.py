@@ -8,11 +8,14 @@ from typing import Any
 
 import click
 
+from stratabox.client import errors
+from stratabox.client.cli import streaming
 from stratabox.client.cli.app import App, pass_app
-from stratabox.client.cli.failures import TIMED_OUT
-from stratabox.client.cli.options import DURATION, common, env_option
+from stratabox.client.cli.options import DURATION, PAIR, common
 from stratabox.client.cli.output import jsonable, print_json
 from stratabox.client.records import ExecuteResult
+
+_NO_CHANNEL = ("NO_SSHD", "NO_CHANNEL", "CHANNEL_FAILED", "CHANNEL_UNAVAILABLE", "UNIMPLEMENTED")
 
 
 class _ExecCommand(click.Command):
@@ -42,9 +45,15 @@ class _ExecCommand(click.Command):
     options_metavar="[SANDBOX] [OPTIONS]",
 )
 @click.option("--session", metavar="SANDBOX", required=True, help="Instead of the argument.")
+@click.option("-i", "--interactive", is_flag=True, help="Its standard input is this one's.")
+@click.option("-t", "--tty", is_flag=True, help="It has a terminal; with -i this one.")
+@click.option("-d", "--detach", is_flag=True, help="It goes on by itself; prints its id.")
+@click.option("-u", "--user", metavar="USER", help="Who it runs as, by name or number; root.")
 @click.option("--timeout", type=DURATION, metavar="DURATION", help="Then it is killed; as 30s.")
-@env_option
-@click.option("--cwd", metavar="FOLDER", help="Working directory in the guest.")
+@click.option(
+    "-e", "--env", type=PAIR, multiple=True, metavar="K=V", help="Environment; may be repeated."
+)
+@click.option("-w", "--cwd", metavar="FOLDER", help="Working directory in the guest.")
 @common
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @pass_app
@@ -53,6 +62,10 @@ def execute(
     ctx: click.Context,
     app: App,
     session: str,
+    interactive: bool,
+    tty: bool,
+    detach: bool,
+    user: str | None,
     timeout: float | None,
     env: tuple[tuple[str, str], ...],
     cwd: str | None,
@@ -61,11 +74,36 @@ def execute(
     """Run one command in a guest and exit with its code.
 
     Everything from the first word of the command on is the command's own. What it prints comes out
-    as it is, when it has ended. Exits with 128 + N when signal N ended it, with 124 when its time
-    was up. For a shell: stratabox sandbox exec SANDBOX sh -c '...'
+    as it is, as it comes; with --json at its end. Exits with 128 + N when signal N ended it, with
+    124 when its time was up. It ends when this does, unless it is detached; see `sandbox process`.
+    For a shell: stratabox sandbox exec -it SANDBOX sh
     """
+    given: dict[str, Any] = {"cwd": cwd, "env": dict(env), "timeout": timeout}
+    if detach and (interactive or tty):
+        raise click.UsageError("a detached process has neither input nor a terminal: -i, -t or -d")
+    if app.json and (interactive or tty):
+        raise click.UsageError("--json is for commands without -i and -t")
     with app.client() as client:
-        result = client.sandboxes.execute(session, command, cwd=cwd, env=dict(env), timeout=timeout)
+        if detach:
+            name = client.processes.start(session, command, user=user, **given)
+            if app.json:
+                print_json({"process": name})
+            else:
+                click.echo(name)
+            return
+        try:
+            if not app.json or user:
+                ctx.exit(
+                    streaming.run(
+                        app, client, session, command, interactive=interactive, tty=tty, user=user,
+                        **given,
+                    )
+                )  # fmt: skip
+        except errors.StrataboxError as error:
+            if interactive or tty or user or error.reason not in _NO_CHANNEL:
+                raise
+        # Without sshd in the guest, by its agent: all of the output at the end.
+        result = client.sandboxes.execute(session, command, **given)
     if app.json:
         print_json(_as_json(result))
     else:
@@ -73,9 +111,8 @@ def execute(
         for name, cut in (("stdout", result.stdout_truncated), ("stderr", result.stderr_truncated)):
             if cut:
                 app.note(f"warning: {name} was cut: there was more than is kept")
-        if result.timed_out:
-            app.note("error: the time was up, and the command was killed")
-    ctx.exit(_exit_code(result))
+        streaming.note_end(app, result)
+    ctx.exit(streaming.exit_code(result))
 
 
 def _print_output(result: ExecuteResult) -> None:
@@ -95,13 +132,7 @@ def _as_json(result: ExecuteResult) -> dict[str, Any]:
         body[f"{name}_base64"] = None if is_text else base64.b64encode(data).decode()
     body["stdout_truncated"] = result.stdout_truncated
     body["stderr_truncated"] = result.stderr_truncated
+    body["out_of_memory"] = result.out_of_memory
+    body["disk_full"] = result.disk_full
     body["duration_seconds"] = result.duration.total_seconds()
     return body
-
-
-def _exit_code(result: ExecuteResult) -> int:
-    if result.timed_out:
-        return TIMED_OUT
-    if result.signal is not None:
-        return 128 + result.signal
-    return (result.exit_code or 0) & 0xFF

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from stratabox.client import errors
+from stratabox.client import access_errors, errors
 from stratabox.client.cli.output import printable
 from stratabox.client.errors import StrataboxError
 
@@ -23,6 +23,8 @@ _CODES: tuple[tuple[type[StrataboxError], int], ...] = (
     (errors.DeniedError, DENIED),
     (errors.AlreadyExistsError, DENIED),
     (errors.InvalidArgumentError, USAGE),
+    (access_errors.UnauthenticatedError, DENIED),
+    (access_errors.ForbiddenError, DENIED),
     (errors.DaemonUnavailableError, UNREACHABLE),
     (errors.DeadlineExceededError, TIMED_OUT),
 )
@@ -34,19 +36,40 @@ _HINTS = {
     "stratabox image build tiny makes one within a minute",
     "IMAGE_ALREADY_EXISTS": "give it another name with --name, or delete the old one",
     "INVALID_IMAGE": "stratabox image import --format says how the file is read",
+    "NO_CLOUD_INIT": "stratabox image import --cloud-init takes a cloud image as one",
+    "CLOUD_INIT_FAILED": "with --no-wait it stays, to look into; stratabox sandbox exec",
+    "INVALID_ARCHIVE": "export it again; stratabox image import takes disks of others",
+    "MISSING_BASE": "import what it was exported since first, or export it without --since",
+    "RESUME_MISMATCH": "remove FILE.part and begin again",
+    "IS_A_DIRECTORY": "-r copies and removes directories with all that is in them",
+    "DIRECTORY_NOT_EMPTY": "-r removes it with all that is in it",
+    "GUEST_NO_SPACE": "stratabox sandbox exec SANDBOX df shows what is full",
+    "VOLUME_NOT_FOUND": "stratabox volume list shows what there is",
+    "VOLUME_SNAPSHOT_NOT_FOUND": "stratabox volume snapshot list shows what there is",
+    "VOLUME_IN_USE": "stratabox volume get VOLUME tells who has it",
+    "VOLUME_BUSY": "end what uses it in the guest, or pull it out with --force",
     "AMBIGUOUS_NAME": "use an id, or more of it",
     "IMAGE_IN_USE": "delete what needs it first",
     "SNAPSHOT_NOT_READY": "stratabox sandbox snapshot get SNAPSHOT tells its state",
     "AGENT_UNAVAILABLE": "the guest may only be slow: try a longer --ready-timeout",
+    "PROBE_FAILED": "with --no-wait it stays, to look into; a longer --ready-timeout may do",
+    "CONSOLE_NOT_READ": "a guest that is paused, or has halted, reads nothing",
     "LIBVIRT_UNAVAILABLE": "stratabox doctor tells what is missing",
+    "LIBVIRT_REFUSED": "stratabox doctor examines the host; libvirtd's log says more",
+    "NETWORK_UNAVAILABLE": "stratabox doctor tells what is missing, and how to mend it",
     "TOOL_MISSING": "stratabox doctor tells what is missing, and how to mend it",
     "KVM_UNUSABLE": "stratabox doctor tells why",
     "QEMU_FAILED": "the daemon's log says more; stratabox doctor examines the host",
+    "ADMISSION_REFUSED": "stratabox host shows what there is, and sandbox list who has it",
     "NO_SPACE": "delete snapshots, sandboxes or images that are not needed",
     "IDEMPOTENCY_MISMATCH": "use another key for another request",
     "DAEMON_UNAVAILABLE": "or with: systemctl start strataboxd; "
     "--address or STRATABOX_ADDRESS names another daemon",
     "INVALID_ADDRESS": "for example unix:///run/stratabox/api.sock or http://127.0.0.1:7777",
+    "NO_KEY": "stratabox key create, on the daemon's host, makes one; STRATABOX_API_KEY has it",
+    "INVALID_KEY": "STRATABOX_API_KEY has the key that is shown",
+    "KEY_EXPIRED": "stratabox key create, on the daemon's host, makes another",
+    "FORBIDDEN": "stratabox key create --role, on the daemon's host, makes one that may",
     "UNIMPLEMENTED": "the daemon is older than this client: bring both to the same version",
     "INTERNAL": "this is a bug; the daemon's log says more",
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from stratabox.client.cli import transfer
 from stratabox.client.cli.app import App, pass_app
 from stratabox.client.cli.options import common, paging_options
 from stratabox.client.cli.output import (
@@ -18,8 +19,10 @@ from stratabox.client.cli.output import (
     printable,
     size,
 )
+from stratabox.client.cli.progress import bar
 from stratabox.client.records import BuildProgress, DiskFormat, Image
 
+_ARCHIVE = "archive"
 _image_argument = click.argument("image")
 _replace_option = click.option(
     "--replace", is_flag=True, help="Take the name from an image that has it."
@@ -72,17 +75,34 @@ def tiny(app: App, name: str | None, replace: bool) -> None:
 
 
 @image.command("import")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--name", required=True, help="Unique among images.")
+@click.argument(
+    "file", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
+)
+@click.option("--name", help="Unique among images; an archive has one of its own.")
 @click.option(
     "--format",
-    type=click.Choice([str(one) for one in DiskFormat]),
-    help="How to read the file; what its suffix says (.qcow2, .raw, .img).",
+    type=click.Choice([*(str(one) for one in DiskFormat), _ARCHIVE]),
+    help="How to read the file; what its suffix says (.qcow2, .raw, .img). An archive, as 'image"
+    " export' writes it, must be called one, and may come from stdin (-).",
+)
+@click.option(
+    "--cloud-init",
+    is_flag=True,
+    help="Its guests run cloud-init: sandboxes get a seed, with --user-data and --ssh-key.",
 )
 @common
 @pass_app
-def import_(app: App, file: Path, name: str, format: str | None) -> None:
-    """Take a disk image that boots by itself, as clouds use them."""
+def import_(app: App, file: Path, name: str | None, format: str | None, cloud_init: bool) -> None:
+    """Take a disk image that boots by itself, as clouds use them; or an archive."""
+    if format == _ARCHIVE:
+        if cloud_init:
+            raise click.UsageError("an archive says itself whether its guests run cloud-init.")
+        transfer.import_image(app, file, name)
+        return
+    if str(file) == "-":
+        raise click.UsageError("only an archive can come from stdin.")
+    if name is None:
+        raise click.UsageError("a disk has no name: give --name.")
     if format is None:
         from stratabox.client._images import format_by_suffix
 
@@ -90,8 +110,10 @@ def import_(app: App, file: Path, name: str, format: str | None) -> None:
         if guess is None:
             raise click.UsageError(f"{file.name!r} does not tell the format: give --format.")
         app.note(f"reading {printable(file.name)} as {guess}, as its suffix says")
-    with app.client() as client, _bar(app, "sending") as progress:
-        record = client.images.import_file(file, name=name, format=format, progress=progress)
+    with app.client() as client, bar(app, "sending", in_bytes=True) as progress:
+        record = client.images.import_file(
+            file, name=name, format=format, cloud_init=cloud_init, progress=progress
+        )
     _show(app, record)
 
 
@@ -163,6 +185,9 @@ def delete(app: App, image: str) -> None:
         click.echo(f"deleted image {printable(record.name)} ({record.id}): {freed} came free")
 
 
+image.add_command(transfer.export_image)
+
+
 @contextmanager
 def _steps(app: App) -> Iterator[Callable[[BuildProgress], None]]:
     """Show the steps of a build: a bar on a terminal, a line for each step elsewhere."""
@@ -176,36 +201,10 @@ def _steps(app: App) -> Iterator[Callable[[BuildProgress], None]]:
 
         yield say
         return
-    with _bar(app, "building") as bar:
+    with bar(app, "building") as show:
 
         def draw(progress: BuildProgress) -> None:
             share = progress.fraction
-            bar(int((share or 0) * 1000), 1000 if share is not None else 0, progress.step)
-
-        yield draw
-
-
-@contextmanager
-def _bar(app: App, doing: str) -> Iterator[Callable[..., None]]:
-    """Give a function (done, total, text) that draws a bar on a terminal and nothing elsewhere."""
-    if not app.animated:
-        yield lambda done, total, text=None: None
-        return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (
-        SpinnerColumn("line"),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(doing, total=None)
-
-        def draw(done: int, total: int, text: str | None = None) -> None:
-            shown = escape(printable(text)) if text else doing
-            progress.update(task, completed=done, total=total or None, description=shown)
+            show(int((share or 0) * 1000), 1000 if share is not None else 0, progress.step)
 
         yield draw

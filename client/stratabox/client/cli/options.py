@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
 from stratabox.client.cli.app import App
-from stratabox.client.records import SnapshotLevel
+from stratabox.client.records import Identity, SnapshotLevel, SnapshotSchedule, TimeoutAction
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SPAN = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?", re.ASCII)
 _MILLISECONDS = re.compile(r"(\d+)ms", re.ASCII)
+_SIZE = re.compile(r"(\d+)(?:([KMGT])i?B?)?", re.ASCII)
 _PLAIN = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 _RFC3339 = re.compile(
     r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:\d\d)", re.ASCII
@@ -47,6 +49,23 @@ def parse_rfc3339(text: str) -> datetime:
     if not _RFC3339.fullmatch(text):
         raise ValueError(f"{text!r} is no RFC 3339 time as 2026-03-20T12:00:00Z")
     return datetime.fromisoformat(text.upper())
+
+
+def keys_in(text: str) -> list[str]:
+    """Take the keys out of a .pub or authorized_keys file."""
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def parse_size(text: str) -> int:
+    """Read a size, as 512MiB, 10GiB or 1048576; in bytes.
+
+    :raise ValueError: when it is none.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no size as 512MiB, 10GiB or 1048576 (bytes)")
+    return int(match[1]) << 10 * " KMGT".index(match[2] or " ")
 
 
 if TYPE_CHECKING:
@@ -82,17 +101,24 @@ def _parse_pair(text: str) -> tuple[str, str]:
 DURATION = _Parsed("duration", parse_duration)
 TIMESTAMP = _Parsed("rfc3339", parse_rfc3339)
 PAIR = _Parsed("key=value", _parse_pair)
+SIZE = _Parsed("size", parse_size)
+DEFAULT_LEVEL = "STRATABOX_DEFAULT_LEVEL"
+"""The level of snapshots whose command names none."""
 LEVELS = click.Choice(
     [str(SnapshotLevel.CRASH), str(SnapshotLevel.APPLICATION), str(SnapshotLevel.MEMORY)]
 )
 
 
 def common(command: F) -> F:
-    """Add what every command takes: --address and --json."""
+    """Add what every command takes: --address, --workspace and --json."""
 
     def set_address(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
         if value is not None:
             ctx.ensure_object(App).address = value
+
+    def set_workspace(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            ctx.ensure_object(App).workspace = value
 
     def set_json(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         if value:
@@ -104,7 +130,7 @@ def common(command: F) -> F:
         expose_value=False,
         is_eager=True,
         callback=set_address,
-        help="The daemon's: unix:///PATH or http://HOST:PORT.",
+        help="The daemon's: unix:///PATH, https://HOST:PORT, or http://HOST:PORT on this host.",
     )
     json = click.option(
         "--json",
@@ -114,7 +140,15 @@ def common(command: F) -> F:
         callback=set_json,
         help="Print JSON for programs.",
     )
-    return address(json(command))
+    workspace = click.option(
+        "--workspace",
+        metavar="NAME",
+        expose_value=False,
+        is_eager=True,
+        callback=set_workspace,
+        help="To work in, for admins; without: the key's own, or default.",
+    )
+    return address(workspace(json(command)))
 
 
 def sandbox_argument(command: F) -> F:
@@ -183,6 +217,103 @@ def level_options(command: F) -> F:
     return level(quick(command))
 
 
+def default_level(command: F) -> F:
+    """Take the level from `DEFAULT_LEVEL` where no option names one."""
+
+    @wraps(command)
+    def wrapped(*args: Any, level: str | None, memory: bool, **kwargs: Any) -> Any:
+        named = level or memory or kwargs["quick"]
+        if not named and (found := os.environ.get(DEFAULT_LEVEL)):
+            if found not in LEVELS.choices:
+                raise click.UsageError(
+                    f"{DEFAULT_LEVEL} is {found!r}; it must be one of {', '.join(LEVELS.choices)}"
+                )
+            level = found
+        return command(*args, level=level, memory=memory, **kwargs)
+
+    return cast(F, wrapped)
+
+
+def identity_option(command: F) -> F:
+    """Add --identity."""
+    return click.option(
+        "--identity",
+        type=click.Choice([str(Identity.KEEP), str(Identity.RENEW)]),
+        help="Whether host name, machine-id, SSH host keys and MAC address are new.",
+    )(command)
+
+
+def paused_option(command: F) -> F:
+    """Add --paused."""
+    text = "Leave it at its first instant, until it is resumed."
+    return click.option("--paused", is_flag=True, help=text)(command)
+
+
+def expiry_options(command: F) -> F:
+    """Add --expires-at and --timeout (both as `expires_at`), and --on-timeout."""
+
+    @wraps(command)
+    def wrapped(
+        *args: Any, expires_at: datetime | None, timeout: float | None, **kwargs: Any
+    ) -> Any:
+        if timeout is not None:
+            if expires_at is not None:
+                raise click.UsageError("--timeout and --expires-at name two times")
+            expires_at = datetime.now(UTC) + timedelta(seconds=timeout)
+        return command(*args, expires_at=expires_at, **kwargs)
+
+    action = click.option(
+        "--on-timeout",
+        type=click.Choice(
+            [str(TimeoutAction.TERMINATE), str(TimeoutAction.PAUSE), str(TimeoutAction.SNAPSHOT)]
+        ),
+        help="What is done when its time is up: terminate (the default), pause, to disk, or"
+        " snapshot and terminate.",
+    )
+    span = click.option(
+        "--timeout", type=DURATION, metavar="DURATION", help="As 2h from now: its time."
+    )
+    point = click.option(
+        "--expires-at", type=TIMESTAMP, metavar="RFC3339", help="As 2026-03-20T12:00:00Z: its time."
+    )
+    return cast(F, point(span(action(wrapped))))
+
+
+def keeping_options(command: F) -> F:
+    """Add --keep-last, and --snapshot-every and --snapshot-level (both as `snapshot_schedule`)."""
+
+    @wraps(command)
+    def wrapped(
+        *args: Any, snapshot_every: float | None, snapshot_level: str | None, **kwargs: Any
+    ) -> Any:
+        if snapshot_level and snapshot_every is None:
+            raise click.UsageError("--snapshot-level says how, and --snapshot-every how often.")
+        schedule = None
+        if snapshot_every is not None:
+            schedule = SnapshotSchedule(
+                every=timedelta(seconds=snapshot_every),
+                level=SnapshotLevel(snapshot_level) if snapshot_level else None,
+            )
+        return command(*args, snapshot_schedule=schedule, **kwargs)
+
+    level = click.option(
+        "--snapshot-level", type=LEVELS, help="Of those that are taken so; as by hand."
+    )
+    every = click.option(
+        "--snapshot-every",
+        type=DURATION,
+        metavar="DURATION",
+        help="As 1h: take snapshots of it by the clock, 1m or more from one to the next.",
+    )
+    keep = click.option(
+        "--keep-last",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="With each new snapshot, delete its oldest beyond so many; 0: keep all.",
+    )
+    return cast(F, keep(every(level(wrapped))))
+
+
 def paging_options(command: F) -> F:
     """Add --limit and --page-token."""
     token = click.option("--page-token", metavar="TOKEN", help="Begin where a page ended.")
@@ -192,6 +323,17 @@ def paging_options(command: F) -> F:
         help="One page of at most so many; without it, everything.",
     )
     return limit(token(command))
+
+
+def volume_option(command: F) -> F:
+    """Add --volume (as `volumes`)."""
+    return click.option(
+        "--volume",
+        "volumes",
+        multiple=True,
+        metavar="VOLUME:/PATH[:ro]",
+        help="Mounted there before it is ready, :ro only to be read; may be repeated.",
+    )(command)
 
 
 def idempotency_option(command: F) -> F:

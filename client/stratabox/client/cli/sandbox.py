@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from datetime import datetime
+from typing import Any, BinaryIO, TextIO
 
 import click
 
 from stratabox.client.cli.app import App, pass_app
+from stratabox.client.cli.console import console
+from stratabox.client.cli.copy import copy
 from stratabox.client.cli.exec import execute
+from stratabox.client.cli.files import files
+from stratabox.client.cli.metrics import metrics, top
+from stratabox.client.cli.networks import network_options
 from stratabox.client.cli.options import (
     DURATION,
     PAIR,
     common,
     env_option,
+    expiry_options,
     idempotency_option,
+    identity_option,
+    keeping_options,
+    keys_in,
     level_options,
     metadata_option,
     paging_options,
+    paused_option,
     ready_options,
     sandbox_argument,
     size_options,
+    volume_option,
 )
 from stratabox.client.cli.output import moment, print_details, print_json, print_table, printable
+from stratabox.client.cli.port import port
+from stratabox.client.cli.probes import probe_options
+from stratabox.client.cli.process import process
 from stratabox.client.cli.snapshot import snapshot
-from stratabox.client.records import SandboxRecord, SandboxState
+from stratabox.client.cli.ssh import ssh, ssh_key, ssh_proxy
+from stratabox.client.probe_records import ReadinessProbe
+from stratabox.client.records import SandboxRecord, SandboxState, SnapshotSchedule
 
 _STATES = click.Choice([str(one) for one in SandboxState if one is not SandboxState.UNKNOWN])
 
@@ -34,7 +51,17 @@ def sandbox() -> None:
 
 
 sandbox.add_command(snapshot)
+sandbox.add_command(port)
+sandbox.add_command(ssh)
+sandbox.add_command(ssh_key)
+sandbox.add_command(ssh_proxy)
 sandbox.add_command(execute)
+sandbox.add_command(process)
+sandbox.add_command(copy)
+sandbox.add_command(files)
+sandbox.add_command(console)
+sandbox.add_command(metrics)
+sandbox.add_command(top)
 
 
 def show(app: App, record: SandboxRecord) -> None:
@@ -46,6 +73,7 @@ def show(app: App, record: SandboxRecord) -> None:
 @click.option("--name", help="Free text; made up where none is given.")
 @click.option("--image", metavar="IMAGE", help="Where its disk comes from; the daemon's default.")
 @click.option("--snapshot", metavar="SNAPSHOT", help="Where its disk comes from, instead.")
+@click.option("--verify", is_flag=True, help="Compare the snapshot's saved memory first.")
 @size_options
 @click.option("--disk", "storage", type=int, metavar="GIB", help="Root disk, in GiB.")
 @env_option
@@ -59,7 +87,28 @@ def show(app: App, record: SandboxRecord) -> None:
     metavar="GIB",
     help="An empty disk beside the root disk; may be repeated.",
 )
+@volume_option
+@click.option(
+    "--user-data",
+    type=click.File("rb"),
+    metavar="FILE",
+    help="For cloud-init at its first boot; - is stdin.",
+)
+@click.option(
+    "--ssh-key",
+    "ssh_key_files",
+    type=click.File("r", encoding="utf-8"),
+    multiple=True,
+    metavar="FILE",
+    help="Public keys that may log in as the cloud image's user (a .pub file); may be repeated.",
+)
+@network_options
+@identity_option
+@paused_option
+@expiry_options
+@keeping_options
 @ready_options
+@probe_options
 @idempotency_option
 @common
 @pass_app
@@ -68,9 +117,15 @@ def create(
     /,
     env: tuple[tuple[str, str], ...],
     metadata: tuple[tuple[str, str], ...],
+    keep_last: int | None,
+    user_data: BinaryIO | None,
+    ssh_key_files: tuple[TextIO, ...],
     **options: Any,
 ) -> None:
     """Create a sandbox from an image or a snapshot, and start it."""
+    options["keep_last"] = keep_last or 0
+    options["user_data"] = user_data.read() if user_data else b""
+    options["ssh_keys"] = [key for file in ssh_key_files for key in keys_in(file.read())]
     with app.client() as client, app.waiting("creating the sandbox"):
         record = client.sandboxes.create(env=dict(env), metadata=dict(metadata), **options)
     show(app, record)
@@ -142,7 +197,18 @@ def get(app: App, sandbox: str) -> None:
 @click.option("--env", type=PAIR, multiple=True, metavar="K=V", help="The whole new environment.")
 @click.option("--metadata", type=PAIR, multiple=True, metavar="K=V", help="All new metadata.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="All new tags.")
-@click.option("--clear", type=click.Choice(["env", "metadata", "tags"]), multiple=True)
+@expiry_options
+@click.option("--no-expiry", is_flag=True, help="Its time is never up.")
+@network_options
+@keeping_options
+@click.option("--no-snapshot-schedule", is_flag=True, help="Take no more snapshots by the clock.")
+@click.option(
+    "--clear",
+    type=click.Choice(["env", "metadata", "tags", "expires_at"]),
+    multiple=True,
+    help="Leave it empty; expires_at: its time is never up.",
+)
+@probe_options
 @common
 @pass_app
 def update(
@@ -153,9 +219,28 @@ def update(
     env: tuple[tuple[str, str], ...],
     metadata: tuple[tuple[str, str], ...],
     tags: tuple[str, ...],
+    expires_at: datetime | None,
+    no_expiry: bool,
+    on_timeout: str | None,
+    keep_last: int | None,
+    snapshot_schedule: SnapshotSchedule | None,
+    no_snapshot_schedule: bool,
     clear: tuple[str, ...],
+    network: list[str] | str | None,
+    readiness_probe: ReadinessProbe | None,
 ) -> None:
-    """Replace name, env, metadata or tags; each is replaced whole."""
+    """Replace name, env, metadata, tags, limits of time, keeping or network; each whole."""
+    if expires_at and no_expiry:
+        raise click.UsageError("--expires-at and --no-expiry exclude each other.")
+    if snapshot_schedule and no_snapshot_schedule:
+        raise click.UsageError("--snapshot-every and --no-snapshot-schedule exclude each other.")
+    times: dict[str, Any] = {}
+    if expires_at is not None or no_expiry or "expires_at" in clear:
+        times["expires_at"] = expires_at
+    if snapshot_schedule or no_snapshot_schedule:
+        times["snapshot_schedule"] = snapshot_schedule
+    if readiness_probe is not None:
+        times["readiness_probe"] = readiness_probe
     with app.client() as client:
         record = client.sandboxes.update(
             sandbox,
@@ -163,28 +248,36 @@ def update(
             env=dict(env) if env or "env" in clear else None,
             metadata=dict(metadata) if metadata or "metadata" in clear else None,
             tags=tags if tags or "tags" in clear else None,
+            on_timeout=on_timeout,
+            keep_last=keep_last,
+            network=network,
+            **times,
         )
     show(app, record)
 
 
 @sandbox.command()
 @sandbox_argument
+@click.option("--to-disk", is_flag=True, help="Save the RAM to disk, and end the process.")
 @common
 @pass_app
-def pause(app: App, sandbox: str) -> None:
+def pause(app: App, sandbox: str, to_disk: bool) -> None:
     """Stop the vCPUs and keep the RAM."""
-    with app.client() as client:
-        show(app, client.sandboxes.pause(sandbox))
+    with app.client() as client, app.waiting("pausing the guest"):
+        show(app, client.sandboxes.pause(sandbox, to_disk=to_disk))
 
 
 @sandbox.command()
 @sandbox_argument
+@identity_option
+@ready_options
 @common
 @pass_app
-def resume(app: App, sandbox: str) -> None:
+def resume(app: App, /, sandbox: str, **options: Any) -> None:
     """Continue a paused sandbox."""
-    with app.client() as client:
-        show(app, client.sandboxes.resume(sandbox))
+    with app.client() as client, app.waiting("resuming the guest"):
+        record = client.sandboxes.resume(sandbox, **options)
+    show(app, record)
 
 
 @sandbox.command()
@@ -203,14 +296,13 @@ def stop(app: App, sandbox: str, force: bool, timeout: float | None) -> None:
 @sandbox.command()
 @sandbox_argument
 @ready_options
+@probe_options
 @common
 @pass_app
-def start(app: App, sandbox: str, wait_for_ready: bool, ready_timeout: float | None) -> None:
+def start(app: App, /, sandbox: str, **options: Any) -> None:
     """Boot a stopped or failed sandbox from its disks."""
     with app.client() as client, app.waiting("starting the guest"):
-        record = client.sandboxes.start(
-            sandbox, wait_for_ready=wait_for_ready, ready_timeout=ready_timeout
-        )
+        record = client.sandboxes.start(sandbox, **options)
     show(app, record)
 
 
@@ -246,8 +338,13 @@ def delete(app: App, sandbox: str) -> None:
 @click.option("--snapshot-name", metavar="NAME", help="Of the snapshot that it is made from.")
 @size_options
 @env_option
+@volume_option
 @level_options
+@network_options
+@identity_option
+@paused_option
 @ready_options
+@probe_options
 @idempotency_option
 @common
 @pass_app
@@ -289,20 +386,17 @@ def clone(
 @sandbox.command()
 @sandbox_argument
 @click.option("--snapshot", required=True, metavar="SNAPSHOT", help="One of this sandbox's own.")
+@identity_option
 @ready_options
 @common
 @pass_app
-def revert(
-    app: App, sandbox: str, snapshot: str, wait_for_ready: bool, ready_timeout: float | None
-) -> None:
+def revert(app: App, /, sandbox: str, snapshot: str, **options: Any) -> None:
     """Put a sandbox back onto one of its snapshots; it keeps its id.
 
     What it was before is kept in a safety snapshot for 24 hours.
     """
     with app.client() as client, app.waiting("reverting the sandbox"):
-        result = client.sandboxes.revert(
-            sandbox, snapshot, wait_for_ready=wait_for_ready, ready_timeout=ready_timeout
-        )
+        result = client.sandboxes.revert(sandbox, snapshot, **options)
     if app.json:
         print_json(result)
         return

@@ -7,20 +7,27 @@ from typing import Any
 
 import click
 
+from stratabox.client.cli import transfer
 from stratabox.client.cli.app import App, pass_app
+from stratabox.client.cli.networks import network_options
 from stratabox.client.cli.options import (
     DURATION,
     PAIR,
     TIMESTAMP,
     common,
+    default_level,
     env_option,
+    expiry_options,
     idempotency_option,
+    identity_option,
     level_options,
     metadata_option,
     paging_options,
+    paused_option,
     ready_options,
     sandbox_argument,
     size_options,
+    volume_option,
 )
 from stratabox.client.cli.output import (
     moment,
@@ -30,6 +37,8 @@ from stratabox.client.cli.output import (
     printable,
     size,
 )
+from stratabox.client.cli.probes import probe_options
+from stratabox.client.cli.tree import show_tree
 from stratabox.client.errors import DeadlineExceededError
 from stratabox.client.records import Snapshot, SnapshotState
 
@@ -51,6 +60,7 @@ def _show(app: App, record: object) -> None:
 @snapshot.command()
 @sandbox_argument
 @click.option("--name", help="Free text; made up where none is given.")
+@default_level
 @level_options
 @click.option("--memory", is_flag=True, help="The same as --level memory.")
 @click.option("--expires-at", type=TIMESTAMP, metavar="RFC3339", help="As 2026-03-20T12:00:00Z.")
@@ -75,7 +85,10 @@ def create(
     wait_timeout: float | None,
     **options: Any,
 ) -> None:
-    """Capture a sandbox, which keeps running."""
+    """Capture a sandbox, which keeps running.
+
+    Where no level is named, STRATABOX_DEFAULT_LEVEL names it.
+    """
     if memory:
         if options["quick"] or options["level"] not in (None, "memory"):
             raise click.UsageError("--memory, --quick and --level name different levels")
@@ -101,6 +114,7 @@ def create(
 @click.option("--state", "states", type=_STATES, multiple=True, help="May be repeated.")
 @click.option("--name", help="Only with exactly this name.")
 @click.option("--metadata", type=PAIR, multiple=True, metavar="K=V", help="Only with all of these.")
+@click.option("--tree", is_flag=True, help="Draw what was made from what, with sandboxes.")
 @paging_options
 @common
 @pass_app
@@ -110,10 +124,19 @@ def list_(
     limit: int | None,
     page_token: str | None,
     metadata: tuple[tuple[str, str], ...],
+    tree: bool,
     **filters: Any,
 ) -> None:
-    """List snapshots, newest first."""
+    """List snapshots, newest first.
+
+    OWN is what comes free when that one alone is deleted.
+    """
     filters["metadata"] = dict(metadata)
+    if tree:
+        if limit is not None or page_token is not None:
+            raise click.UsageError("--tree draws all of it: not with --limit or --page-token.")
+        show_tree(app, filters)
+        return
     token: str | None = None
     with app.client() as client:
         if limit is None and page_token is None:
@@ -125,7 +148,7 @@ def list_(
         print_json({"snapshots": found, "next_page_token": token})
         return
     print_table(
-        ("ID", "NAME", "STATE", "CONSISTENCY", "SANDBOX", "ON DISK", "CREATED", "EXPIRES"),
+        ("ID", "NAME", "STATE", "CONSISTENCY", "SANDBOX", "OWN", "SHARED", "CREATED", "EXPIRES"),
         (_row(one) for one in found),
     )
     if token:
@@ -139,7 +162,8 @@ def _row(one: Snapshot) -> tuple[str, ...]:
         one.state,
         one.consistency or "-",
         one.source_sandbox_name or one.source_sandbox_id or "-",
-        size(one.layer_bytes),
+        size(one.space.own_bytes),
+        size(one.space.shared_bytes),
         moment(one.created_at),
         moment(one.expires_at),
     )
@@ -190,31 +214,54 @@ def update(
 
 @snapshot.command()
 @_snapshot_argument
+@click.option("--wait/--no-wait", default=True, help="Whether to wait until it is done.")
 @common
 @pass_app
-def delete(app: App, snapshot: str) -> None:
+def compact(app: App, snapshot: str, wait: bool) -> None:
+    """Compress what a snapshot has on the disk."""
+    with app.client() as client, app.waiting("compressing the snapshot"):
+        result = client.snapshots.compact(snapshot, wait=wait)
+    if app.json:
+        print_json(result)
+        return
+    name = printable(result.snapshot.name)
+    if not result.jobs:
+        click.echo(f"snapshot {name} is compressed already")
+    elif wait:
+        click.echo(f"compressed snapshot {name}: it takes {size(result.snapshot.layer_bytes)}")
+    else:
+        click.echo(f"snapshot {name} is being compressed: {', '.join(j.id for j in result.jobs)}")
+
+
+@snapshot.command()
+@_snapshot_argument
+@click.option("--dry-run", is_flag=True, help="Change nothing; say what would come free.")
+@common
+@pass_app
+def delete(app: App, snapshot: str, dry_run: bool) -> None:
     """Remove a snapshot; what was made from it goes on working."""
     with app.client() as client:
         record = client.snapshots.get(snapshot)
-        result = client.snapshots.delete(record.id)
+        result = client.snapshots.delete(record.id, dry_run=dry_run)
     if app.json:
         print_json(
             {
                 "id": record.id,
                 "name": record.name,
-                "deleted": True,
+                "deleted": not dry_run,
                 "freed_bytes": result.freed_bytes,
                 "kept_bytes": result.kept_bytes,
                 "kept_for": result.kept_for,
             }
         )
         return
-    click.echo(
-        f"deleted snapshot {printable(record.name)} ({record.id}): "
-        f"about {size(result.freed_bytes)} come free"
-    )
+    what = f"snapshot {printable(record.name)} ({record.id})"
+    if dry_run:
+        click.echo(f"deleting {what} would free {size(result.freed_bytes)}")
+    else:
+        click.echo(f"deleted {what}: {size(result.freed_bytes)} come free")
     if result.kept_bytes:
-        click.echo(f"about {size(result.kept_bytes)} stay for: {', '.join(result.kept_for)}")
+        click.echo(f"{size(result.kept_bytes)} stay for: {', '.join(result.kept_for)}")
 
 
 @snapshot.command()
@@ -223,10 +270,17 @@ def delete(app: App, snapshot: str) -> None:
 @size_options
 @click.option("--disk", "storage", type=int, metavar="GIB", help="Root disk in GiB; may grow.")
 @click.option("--cold", is_flag=True, help="Boot its disks, though it has memory.")
+@click.option("--verify", is_flag=True, help="Compare its saved memory with its checksums first.")
+@network_options
+@identity_option
+@paused_option
+@expiry_options
 @env_option
 @metadata_option
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="May be repeated.")
+@volume_option
 @ready_options
+@probe_options
 @idempotency_option
 @common
 @pass_app
@@ -244,3 +298,7 @@ def restore(
             snapshot, env=dict(env), metadata=dict(metadata), **options
         )
     _show(app, record)
+
+
+snapshot.add_command(transfer.export_snapshot)
+snapshot.add_command(transfer.import_snapshot)

@@ -1,0 +1,108 @@
+"""Ports and SSH of the SDK for programs that wait."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Concatenate
+
+from stratabox.client import _dial
+from stratabox.client._dial import Connection
+from stratabox.client._plans import Face, Method, P, Plan, R
+from stratabox.client._ports import OwnPortPlans, PortPlans, SshPlans, Target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stratabox.client.sync import Transport
+
+
+def _method(build: Callable[Concatenate[Any, P], Plan[R]]) -> Method[P, R]:
+    return Method(build)
+
+
+def _own(build: Callable[Concatenate[Any, str, P], Plan[R]]) -> Method[P, R]:
+    return Method(build)
+
+
+class _Resource(Face):
+    def __init__(self, plans: object, transport: Transport, *leading: str) -> None:
+        self._carries = plans, transport, leading
+
+    def _carrier(self) -> tuple[Any, Any, tuple[Any, ...]]:
+        return self._carries
+
+
+class Ports(_Resource):
+    """Connections into guests, and out of them, that need no network; see `PortPlans`."""
+
+    add = _method(PortPlans.add)
+    list = _method(PortPlans.list)
+    remove = _method(PortPlans.remove)
+
+    def dial(self, sandbox: str, target: Target) -> Connection:
+        """Connect to something that listens in a guest.
+
+        :param target: 80, "127.0.0.1:80", or the path of a Unix socket.
+        :raise InvalidStateError: when the sandbox does not run.
+        :raise ConnectionRefusedByGuestError: when nothing listens there.
+        :raise NoSshdError: when the guest has no sshd.
+        :raise NoSpaceError: TOO_MANY_CONNECTIONS.
+        :raise UnavailableError: when the guest does not answer.
+        """
+        return dial(self._carries[1], _dial.to_target(sandbox, target))
+
+    def dial_ssh(self, sandbox: str, *, user: str = "root", public_key: str = "") -> Connection:
+        """Connect to a session of the guest's sshd, made for this alone. See `dial`.
+
+        :param user: Who may log in by it.
+        :param public_key: May log in, beside the sandbox's authorized keys.
+        """
+        return dial(self._carries[1], _dial.to_ssh(sandbox, user, public_key))
+
+
+class Ssh(_Resource):
+    """Who may log in to guests; see `SshPlans`."""
+
+    set_authorized_keys = _method(SshPlans.set_authorized_keys)
+    authorized_keys = _method(SshPlans.authorized_keys)
+    host_keys = _method(SshPlans.host_keys)
+
+
+class SandboxPorts(_Resource):
+    """The ports of one sandbox; see `PortPlans`."""
+
+    add = _own(OwnPortPlans.add)
+    list = _own(OwnPortPlans.list)
+    remove = _own(OwnPortPlans.remove)
+
+
+class SandboxSsh(_Resource):
+    """Who may log in to one guest; see `SshPlans`."""
+
+    set_authorized_keys = _own(SshPlans.set_authorized_keys)
+    authorized_keys = _own(SshPlans.authorized_keys)
+    host_keys = _own(SshPlans.host_keys)
+
+
+def dial(transport: Transport, first: Any) -> Connection:
+    """Connect over a transport; see `Ports.dial`."""
+    return Connection(transport.stub("ports", "Dial"), first, transport.address)
+
+
+def ports_of(transport: Transport) -> Ports:
+    """The resource of a client."""
+    return Ports(PortPlans(), transport)
+
+
+def ssh_of(transport: Transport) -> Ssh:
+    """The resource of a client."""
+    return Ssh(SshPlans(), transport)
+
+
+def ports_of_sandbox(transport: Transport, sandbox: str) -> SandboxPorts:
+    """The resource of a sandbox."""
+    return SandboxPorts(OwnPortPlans(), transport, sandbox)
+
+
+def ssh_of_sandbox(transport: Transport, sandbox: str) -> SandboxSsh:
+    """The resource of a sandbox."""
+    return SandboxSsh(SshPlans(), transport, sandbox)
