@@ -3,24 +3,53 @@
 
 PYTHON := .venv/bin/python
 INPUTS := scripts/setup pyproject.toml requirements.lock hatch_build.py \
-          $(wildcard proto/stratabox/*/*.proto)
+          $(wildcard proto/stratabox/*/*.proto proto/stratabox/*/*/*.proto daemon/stratabox/daemon/hypervisor/*.[ch] \
+                      daemon/stratabox/daemon/hypervisor/*/*.[ch])
 PYTEST_ARGS ?=
+WORKERS ?= 2
+KVM_ARGS ?=
+SYSTEMD_ARGS ?=
+BENCH_ARGS ?=
+MINUTES ?= 10
 
-.PHONY: help demo test soak lint check proto docs lock coverage clean
+.PHONY: help demo deb test test-libvirt test-kvm test-systemd soak bench lint check proto docs lock coverage clean
 
 help: ## say what there is
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
 demo: .venv/.ready-demo ## watch a real guest being created, snapshotted, restored, cloned, deleted
 	@$(PYTHON) scripts/demo.py
 
+# Each file's tests stay together, and share a daemon and its guests. WORKERS=0: one after the other.
 test: .venv/.ready-test ## run all tests (PYTEST_ARGS="-m 'not guest'" for the quick ones)
-	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-# SIGKILLs the daemon at random moments under load; STRATABOX_SOAK_SEED repeats the moments.
-soak: .venv/.ready-test ## kill the daemon at 200 random moments (STRATABOX_SOAK_KILLS=N for others)
-	@STRATABOX_SOAK_KILLS=$${STRATABOX_SOAK_KILLS:-200} $(PYTHON) -m pytest \
-		tests/integration/test_random_kills.py -s --timeout 7200
+# A libvirtd of its own for each worker, beside the host's.
+test-libvirt: .venv/.ready-test ## run all tests of guests with libvirt as the launcher
+	@STRATABOX_LAUNCHER=libvirt $(PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile \
+		-m guest $(PYTEST_ARGS)
+
+# Needs no KVM of the host: its guest's emulated CPU has one. KVM_ARGS="--release bookworm" for another
+# kernel, Python and QEMU in there, KVM_ARGS="-k reboot tests/integration/test_memory.py" for others.
+test-kvm: .venv/.ready-test ## run the memory engine's tests with accel=kvm, inside an emulated machine
+	@PYTHONPATH=tests $(PYTHON) -m kvm $(KVM_ARGS)
+
+# The package is installed in a guest with systemd. SYSTEMD_ARGS="-k first_call" for some of the checks.
+test-systemd: .venv/.ready-test ## run the units and the Debian package for real, inside a guest
+	@PYTHONPATH=tests $(PYTHON) -m installed $(SYSTEMD_ARGS)
+
+# At least MINUTES, and what must be: 200 kills, 30 cuts of power, 200 snapshots one a second. Prints
+# its seed; STRATABOX_SOAK_SEED repeats it.
+soak: .venv/.ready-test ## faults at random moments, for a long time (MINUTES=10)
+	@$(PYTHON) tests/soak/__main__.py --minutes $(MINUTES)
+
+# BENCH_ARGS="--only restore pause" for some of the figures, "--json FILE" for another file.
+bench: .venv/.ready-test ## measure the memory engine against raw QEMU, as a table and as JSON
+	@$(PYTHON) -m bench $(BENCH_ARGS)
+
+# RELEASE=trixie or noble for their Python; the default is bookworm's.
+deb: .venv/.ready-test ## build a Debian package, dist/stratabox_VERSION_amd64.deb
+	@bash packaging/deb $(RELEASE)
 
 lint: .venv/.ready-test ## ruff, import contracts, buf, shellcheck, mypy
 	.venv/bin/ruff check .
@@ -28,7 +57,7 @@ lint: .venv/.ready-test ## ruff, import contracts, buf, shellcheck, mypy
 	.venv/bin/lint-imports
 	.venv/bin/buf lint
 	.venv/bin/buf format --diff --exit-code
-	@if command -v shellcheck >/dev/null; then set -x; shellcheck scripts/setup .ci/run; fi
+	@if command -v shellcheck >/dev/null; then set -x; shellcheck scripts/setup packaging/deb packaging/p*inst packaging/p*rm .ci/run; fi
 	.venv/bin/mypy
 
 check: .venv/.ready-test ## what CI runs
