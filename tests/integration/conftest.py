@@ -5,6 +5,7 @@ One daemon serves the whole session; tests that kill, fill or restart theirs tak
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from stratabox.client import Client, Image, Sandbox
-from support.daemon import DaemonProcess, daemon
+from support.daemon import LAUNCHER, DaemonProcess, daemon
+from support.libvirt import private_libvirtd
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,6 +22,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/integration/" in item.path.as_posix():
             item.add_marker(pytest.mark.guest)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def launcher() -> Iterator[None]:
+    """What starts guests: libvirt, where STRATABOX_LAUNCHER says so (`make test-libvirt`)."""
+    if os.environ.get("STRATABOX_LAUNCHER") != "libvirt":
+        yield
+        return
+    with private_libvirtd() as libvirtd:
+        LAUNCHER.update(libvirtd.environment)
+        yield
+        LAUNCHER.clear()
 
 
 @pytest.fixture(scope="session")
@@ -52,9 +66,10 @@ def tiny(client: Client) -> Image:
 
 
 @pytest.fixture(scope="session")
-def debian(client: Client) -> Image:
+def debian(shared_daemon: DaemonProcess) -> Image:
     """A real Debian: systemd, Python, sshd."""
-    return client.images.build_debian()
+    with Client(shared_daemon.address) as client:
+        return client.images.build_debian()
 
 
 @pytest.fixture

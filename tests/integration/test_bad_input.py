@@ -277,7 +277,7 @@ def test_a_name_of_ten_megabytes(wire: Wire, client: Client, idle: Sandbox) -> N
         client.sandboxes.get(name)
     # What gRPC itself refuses, before any of us sees it.
     with pytest.raises(StrataboxError, match="larger than max") as caught:
-        client.sandboxes.get(name * 2)
+        client.sandboxes.get(name * 7)
     assert caught.value.reason == "RESOURCE_EXHAUSTED"
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 
@@ -22,6 +21,7 @@ from stratabox.client import (
     SnapshotLevel,
     SnapshotState,
 )
+from stratabox.daemon.hypervisor.sockets import connect
 from support import disks
 from support.daemon import DaemonProcess, daemon
 from support.stored import Stored, wait_until
@@ -169,9 +169,9 @@ def test_file_system_frozen_by_hand(lab: Lab) -> None:
 def test_frozen_through_the_agent_by_somebody_else(lab: Lab) -> None:
     lab.client.close()
     lab.process.stop()
-    with socket.socket(socket.AF_UNIX) as agent:
+    folder = lab.process.state / "sandboxes" / lab.box.id
+    with connect(folder, "agent.sock") as agent:
         agent.settimeout(30)
-        agent.connect(str(lab.process.state / "sandboxes" / lab.box.id / "agent.sock"))
         agent.sendall(b"\xff" + json.dumps({"execute": "guest-fsfreeze-freeze"}).encode() + b"\n")
         with agent.makefile("rb") as stream:
             while (reply := json.loads(stream.readline())) != {"return": 2}:

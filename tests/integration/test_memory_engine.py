@@ -17,7 +17,7 @@ from stratabox.daemon.hypervisor.machine import SavedMemory
 from stratabox.daemon.hypervisor.memory import copying, load, mapping, tracking
 from stratabox.daemon.hypervisor.memory.pages import PageMap, bytes_of
 from stratabox.daemon.hypervisor.memory.save import Base
-from stratabox.storage.files.memory.chain import merge, read_chain
+from stratabox.storage.files.memory.chain import OpenChain, merge, put_in_place
 from stratabox.storage.files.memory.format import verify
 from stratabox.storage.files.memory.sealed import write_state
 from stratabox.storage.model.errors import FailedError, InternalError
@@ -30,9 +30,17 @@ COUNTER = (
     "N=$(cat /proc/sys/kernel/random/uuid); i=0;"
     " while :; do i=$((i+1)); echo $$ $N $i >/run/new; mv /run/new /run/count; sleep 0.05; done"
 )
+
+
+def told(*, library: bool = True) -> str:
+    """How this kernel tells written pages."""
+    if library and tracking.has_write_tracking() and tracking.LIBRARY.exists():
+        return "written"
+    return "soft_dirty" if tracking.has_soft_dirty() else "none"
+
+
 tracked = pytest.mark.skipif(
-    not (tracking.has_write_tracking() and tracking.LIBRARY.exists()),
-    reason="needs Linux 6.7 and the library that hatch_build.py makes",
+    told() != "written", reason="needs Linux 6.7 and the library that hatch_build.py makes"
 )
 
 
@@ -88,16 +96,15 @@ async def test_a_process_goes_on_through_two_generations(
         assert (await count(second))[2] > number
         assert await second.sh("cat /disk") == "first"
         await second.sh("echo second >/disk && sync")
+        later = await count(second)
         kept = await memories.take(second, Base(origin=first.saved.file.id))
         assert kept.saved.file.parent == first.saved.file.id
         assert kept.saved.file.own_bytes < first.saved.file.own_bytes / 4
-        later = await count(second)
     async with memories.restored(second, kept) as third:
         assert await third.sh("cat /disk") == "second"
         after = await count(third)
         assert (after[0], after[1]) == before[:2]
-        assert number < after[2]
-        assert after[2] >= later[2] - 5
+        assert number < later[2] <= after[2]
         # The source is none the worse for it.
         assert (await count(guest))[:2] == before[:2]
         assert await guest.sh("cat /disk") == "first"
@@ -105,13 +112,14 @@ async def test_a_process_goes_on_through_two_generations(
             "human-monitor-command", {"command-line": "info ramblock"}
         )
         blocks = {line.split()[0] for line in str(text).splitlines()[1:] if line.strip()}
-        assert blocks == {
+        # isa-bios, a copy of the flash's end, is no block of its own in newer QEMUs.
+        assert blocks | {"isa-bios"} == {
             "ram", "system.flash0", "isa-bios", "pc.rom",
             "/rom@etc/acpi/tables", "/rom@etc/table-loader", "/rom@etc/acpi/rsdp",
         }  # fmt: skip
 
 
-@tracked
+@pytest.mark.skipif(told() == "none", reason="needs a kernel that tells which pages were written")
 async def test_snapshots_in_a_row_cost_what_was_written_in_between(
     guest: Running, memories: Memories
 ) -> None:
@@ -122,16 +130,18 @@ async def test_snapshots_in_a_row_cost_what_was_written_in_between(
         kept.append(await memories.take(guest, base))
         base = kept[-1].saved.base
     for each in kept[1:]:
-        assert each.saved.tracked == "written"
+        assert each.saved.tracked == told()
         assert 32 * MIB <= each.saved.file.own_bytes < 45 * MIB
-        assert each.saved.copied_stopped < 8 * MIB
+        assert told() == "soft_dirty" or each.saved.copied_stopped < 8 * MIB
     for number in (4, 1):
         async with memories.restored(guest, kept[number]) as restored:
             assert await checksum(restored, f"file{number % 2}") == sums[number]
     # A snapshot in the middle goes; those on both sides of it stand.
-    chain = read_chain(kept[3].saved.file.id, memories.path, guest.spec.memory * MIB)
-    merged = merge(chain[0], chain[1], memories.folder / "merged")
-    merged.path.rename(chain[0].path)
+    with OpenChain(kept[3].saved.file.id, memories.path, guest.spec.memory * MIB) as opened:
+        chain = opened.files
+        merged = merge(opened, memories.folder / "merged", until=chain[1].parent)
+    assert merged is not None
+    put_in_place(merged.path, chain[0].path)
     chain[1].path.unlink()
     for number in (4, 3, 1):
         async with memories.restored(guest, kept[number]) as restored:
@@ -178,8 +188,9 @@ async def test_all_of_ram_is_as_it_was(
             monkeypatch.setattr(guest.domain, "resume", stay)
             kept = await memories.take(guest, base)
             monkeypatch.setattr(guest.domain, "resume", resume)
-            assert kept.saved.tracked == ("written" if library else "none")
-            assert (kept.saved.file.parent is None) == (not library or base is FRESH)
+            assert kept.saved.tracked == told(library=library)
+            whole = base is FRESH or kept.saved.tracked == "none"
+            assert (kept.saved.file.parent is None) == whole
             base = kept.saved.base
             ram = memories.ram(kept)
             try:
@@ -202,8 +213,9 @@ async def test_a_restored_guest_has_the_same_ram(guest: Running, memories: Memor
         await load.wait_loaded(domain)
         assert await domain.status() == "paused"
         restored = Running(spec, domain, guest.agent)
-        # QEMU writes the new generation id into the guest, and nothing else.
-        assert len(await differing_pages(restored, ram)) <= 1
+        # QEMU writes the new generation id into the guest, KVM its clock, and nobody anything else.
+        most = 2 if spec.machine.accelerator == "kvm" else 1
+        assert len(await differing_pages(restored, ram)) <= most
         await domain.detach()
     finally:
         await memories.bench.launcher.stop(handle)

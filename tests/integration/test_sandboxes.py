@@ -369,7 +369,8 @@ def test_a_lost_qemu_is_a_failed_sandbox_that_can_be_started(
     assert record.state is SandboxState.FAILED
     assert record.state_reason is not None
     assert "QEMU" in record.state_reason
-    assert "signal" in record.state_reason or "SIGKILL" in record.state_reason
+    if client.host().launcher == "qemu":  # only its parent is told how a process ended
+        assert "signal" in record.state_reason or "SIGKILL" in record.state_reason
     with pytest.raises(InvalidStateError, match="failed"):
         box.execute("true")
     started = box.start()

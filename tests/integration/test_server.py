@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import stat
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from stratabox.client import Client, DaemonUnavailableError, SandboxNotFoundError
 from stratabox.client.addresses import grpc_target
 from support.daemon import DaemonProcess
 
@@ -64,27 +62,9 @@ def test_the_socket_is_for_its_owner_and_group(shared_daemon: DaemonProcess) -> 
     assert stat.S_IMODE(shared_daemon.state.stat().st_mode) == 0o700
 
 
-def test_a_port_on_the_loopback(own_daemon: DaemonProcess, free_port: int) -> None:
-    own_daemon.address = f"http://127.0.0.1:{free_port}"
-    with own_daemon.start(environment={"STRATABOX_ADDRESS": own_daemon.address}) as client:
-        assert client.sandboxes.list() == []
-        with pytest.raises(SandboxNotFoundError):
-            client.sandboxes.get("nobody")
-    own_daemon.stop()
-    with Client(own_daemon.address) as client, pytest.raises(DaemonUnavailableError):
-        client.host()
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize(
     "address",
-    ["http://0.0.0.0:7777", "http://192.0.2.1:7777", "https://127.0.0.1:7777", "tcp://x", "7777"],
+    ["http://0.0.0.0:7777", "http://192.0.2.1:7777", "tcp://x", "7777"],
 )
 def test_other_addresses_are_refused(own_daemon: DaemonProcess, address: str) -> None:
     done = subprocess.run(

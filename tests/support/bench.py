@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from stratabox.daemon.hypervisor import accelerator, qemu_host
-from stratabox.daemon.hypervisor.agent import GuestAgent
+from stratabox.daemon.hypervisor import accelerator, confinement, qemu_host
 from stratabox.daemon.hypervisor.domain import Domain
 from stratabox.daemon.hypervisor.events import AgentPort, Event
-from stratabox.daemon.hypervisor.exec import execute
+from stratabox.daemon.hypervisor.guest.agent import GuestAgent
+from stratabox.daemon.hypervisor.guest.exec import execute
 from stratabox.daemon.hypervisor.machine import (
     ChainLayer,
     DomainDisk,
@@ -57,7 +57,9 @@ class Bench:
     def __init__(self, root: Path, image: BuiltImage, host: QemuHost) -> None:
         self.root, self.host, self._image = root, host, image
         root.mkdir(mode=0o700)
-        self.launcher = QemuLauncher(host, f"test{os.getpid()}", self.folder)
+        self.launcher = QemuLauncher(
+            host, f"test{os.getpid()}", self.folder, confinement.examine(host.path)
+        )
         self._firmware = root / "firmware"
         self._firmware.mkdir(mode=0o755)
         for name, path in host.firmware_sources.items():
@@ -146,10 +148,12 @@ async def running(launcher: Launcher, spec: DomainSpec) -> AsyncIterator[Running
             agent.port_changed(is_open=event.open)
 
     try:
-        domain = await Domain.attach(handle, hear)
+        domain = await Domain.attach(handle, hear, fresh=True)
         try:
             if spec.saved is not None:
                 await wait_loaded(domain)
+            # Nobody is at the other end of its network: see Domain.wired.
+            await domain.set_link(up=False)
             await domain.cont()
             await agent.wait_ready(120)
             yield Running(spec, domain, agent)

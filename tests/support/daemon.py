@@ -11,13 +11,18 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import pytest
 
 from stratabox.client import Client
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stratabox"
 """Built images are kept here between runs, and built again when they are absent."""
+
+LAUNCHER: dict[str, str] = {}
+"""Settings of every daemon here, by which another launcher than the usual one is used."""
 
 _START_SECONDS = 60
 _NAME = re.compile(rb"guest=stratabox-([0-9a-f-]{36})-([0-9a-f-]{36})")
@@ -27,10 +32,18 @@ class DaemonProcess:
     """One state folder, and the daemon that runs on it, if one does.
 
     `start`, `stop` and `kill` as often as a test likes: guests outlive all of them.
+
+    :param wrapper: a program, and its first arguments, that becomes the daemon: setpriv(1).
     """
 
-    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        wrapper: Sequence[str] = (),
+    ) -> None:
         self.folder = folder
+        self.wrapper = wrapper
         self.state = folder / "state"
         self.log = folder / "daemon.log"
         self.address = f"unix://{folder}/api.sock"
@@ -40,6 +53,9 @@ class DaemonProcess:
             "STRATABOX_ADDRESS": self.address,
             "STRATABOX_BUILD_CACHE": str(CACHE),
             "STRATABOX_CONFIG": str(folder / "config.toml"),
+            # Whatever else this host's memory is used for: admission has tests of its own.
+            "STRATABOX_ADMISSION_MEMORY_OVERCOMMIT": "32",
+            **LAUNCHER,
             **(environment or {}),
         }
         (folder / "config.toml").touch()
@@ -53,7 +69,7 @@ class DaemonProcess:
         extra = {"STRATABOX_FAILPOINTS": failpoints, **(environment or {})}
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "stratabox.daemon"],
+                [*self.wrapper, sys.executable, "-m", "stratabox.daemon"],
                 env=self.environment | extra,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -150,29 +166,66 @@ class DaemonProcess:
         with contextlib.closing(sqlite3.connect(self.state / "catalog.db")) as catalog:
             return catalog.execute(sql).fetchall()
 
-    def check_consistent(self) -> None:
-        """Nothing is half-made: every file has a row, every row its file, nothing is under way."""
+    def _layers_are_consistent(self) -> bool:
         rows = {f"{row[0]}.qcow2" for row in self.rows("SELECT id FROM layers")}
-        assert self.layers() == rows
+        active = "state IN ('running', 'paused')"
+        targets = {
+            f"{row[0]}.qcow2" for row in self.rows(f"SELECT target FROM jobs WHERE {active}")
+        }
+        return self.layers() - targets == rows - targets
+
+    def _saved_memory_is_consistent(self) -> bool:
         saved = {str(row[0]) for row in self.rows("SELECT id FROM rams")}
         expected = {f"{each}.{kind}" for each in saved for kind in ("ram", "state")}
-        assert {path.name for path in (self.state / "ram").iterdir()} == expected
+        return {path.name for path in (self.state / "ram").iterdir()} == expected
+
+    def check_consistent(self) -> None:
+        """Nothing is half-made: every file has a row, every row its file, nothing is under way."""
+        # Layers may just be written anew, or memory merged, in the background: that ends.
+        deadline = time.monotonic() + 30
+        while not self._layers_are_consistent():
+            assert time.monotonic() < deadline, self.layers()
+            time.sleep(0.05)
+        while not self._saved_memory_is_consistent():
+            assert time.monotonic() < deadline, [*(self.state / "ram").iterdir()]
+            time.sleep(0.05)
         assert self.rows("SELECT kind FROM operations") == []
         assert self.rows("SELECT id FROM sandboxes WHERE state IN ('creating','terminating')") == []
         assert self.rows("SELECT id FROM snapshots WHERE state IN ('creating','deleting')") == []
         assert list((self.state / "work").iterdir()) == []
         living = {
             str(row[0])
-            for row in self.rows("SELECT id FROM sandboxes WHERE state IN ('running','paused')")
+            for row in self.rows(
+                "SELECT id FROM sandboxes"
+                " WHERE state IN ('running', 'paused') AND ram_parked IS NULL"
+            )
         }
         assert set(self.guests()) == living
 
 
 @contextlib.contextmanager
-def daemon(folder: Path, environment: Mapping[str, str] | None = None) -> Iterator[DaemonProcess]:
+def daemon(
+    folder: Path, environment: Mapping[str, str] | None = None, wrapper: Sequence[str] = ()
+) -> Iterator[DaemonProcess]:
     """A state folder whose daemon and guests are gone when the context ends."""
-    process = DaemonProcess(folder, environment)
+    process = DaemonProcess(folder, environment, wrapper)
     try:
         yield process
     finally:
         process.wipe()
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[DaemonProcess]:
+    """As `daemon`, on a file system of 400 MiB of its own. Mounting that takes root."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system takes root")
+    state = folder / "state"
+    state.mkdir(mode=0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400m", "none", state], check=True)
+    try:
+        # What fills up here is to be met, not refused beforehand.
+        with daemon(folder, {"STRATABOX_STORE_HIGH_WATER": "100"}) as process:
+            yield process
+    finally:
+        subprocess.run(["umount", "--lazy", state], check=True)

@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import socket
+import sqlite3
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+
+def chain(layer: Path) -> list[Path]:
+    """The files of a layer's chain, the top first: as the catalog has it, where there is one.
+
+    A header names what its layer stood on at first, which may have been replaced and be gone.
+    """
+    catalog = layer.parent.parent / "catalog.db"
+    if not catalog.exists():
+        return [layer]
+    with contextlib.closing(sqlite3.connect(catalog)) as opened:
+        rows = opened.execute(
+            """
+            WITH RECURSIVE chain (id, depth) AS (
+                SELECT ?, 0
+                UNION ALL
+                SELECT layers.parent, depth + 1 FROM layers JOIN chain USING (id)
+                WHERE layers.parent IS NOT NULL
+            )
+            SELECT id FROM chain ORDER BY depth
+            """,
+            (layer.stem,),
+        ).fetchall()
+    return [layer.with_name(f"{row[0]}.qcow2") for row in rows]
+
+
+def spelled(layer: Path) -> str:
+    """A layer's chain as qemu-img takes it instead of a file's name."""
+    if len(files := chain(layer)) == 1:
+        return str(layer)
+    node: dict[str, object] | None = None
+    for path in reversed(files):
+        file = {"driver": "file", "filename": str(path)}
+        node = {"driver": "qcow2", "file": file, "backing": node}
+    return "json:" + json.dumps(node)
 
 
 def read(layer: Path, *, offset: int = 0, size: int = 512) -> bytes:
@@ -19,7 +57,7 @@ def read(layer: Path, *, offset: int = 0, size: int = 512) -> bytes:
             [
                 "qemu-img", "dd", "-U", "-f", "qcow2", "-O", "raw", "bs=512",
                 f"skip={offset // 512}", f"count={(offset + size) // 512}",
-                f"if={layer}", f"of={target}",
+                f"if={spelled(layer)}", f"of={target}",
             ],
             check=True, capture_output=True,
         )  # fmt: skip
@@ -29,6 +67,20 @@ def read(layer: Path, *, offset: int = 0, size: int = 512) -> bytes:
 def marker(layer: Path) -> str:
     """The line that a guest wrote at the very beginning of a disk without a file system."""
     return read(layer).partition(b"\n")[0].rstrip(b"\0").decode()
+
+
+def marker_of(find: Callable[[], Path]) -> str:
+    """The same of a record's layer; a job in the background may replace that meanwhile.
+
+    :param find: where the record's layer is now.
+    """
+    while True:
+        file = find()
+        try:
+            return marker(file)
+        except (subprocess.CalledProcessError, AssertionError):
+            if find() == file:
+                raise
 
 
 def needs_recovery(layer: Path) -> bool:

@@ -12,7 +12,7 @@ from stratabox.daemon.hypervisor.machine import ChainLayer, SavedMemory
 from stratabox.daemon.hypervisor.memory import mapping
 from stratabox.daemon.hypervisor.memory.reader import Buffer
 from stratabox.daemon.hypervisor.memory.save import Base, Saved, Target, save
-from stratabox.storage.files.memory.chain import read_chain
+from stratabox.storage.files.memory.chain import OpenChain
 from stratabox.storage.files.memory.sealed import assemble, read_state
 from stratabox.storage.model.ids import mint
 from support.bench import Bench, Running, running
@@ -64,7 +64,8 @@ class Memories:
     def ram(self, kept: Kept) -> int:
         """A descriptor of a snapshot's RAM; the caller closes it."""
         file = kept.saved.file
-        return assemble(read_chain(file.id, self.path, file.ram_bytes))
+        with OpenChain(file.id, self.path, file.ram_bytes) as chain:
+            return assemble(chain)
 
     @asynccontextmanager
     async def restored(self, guest: Running, kept: Kept) -> AsyncIterator[Running]:

@@ -21,6 +21,7 @@ from stratabox.storage.model.records import (
     Snapshot,
 )
 from stratabox.storage.model.states import ImageState, LayerState, SandboxState, SnapshotState
+from stratabox.storage.model.workspaces import DEFAULT_WORKSPACE
 
 EPOCH = datetime(2024, 1, 1, tzinfo=UTC)
 BIOS = Sha256("b" * 64)
@@ -70,6 +71,7 @@ class Maker:
     def sandbox(self, *layers_: LayerId, **fields: Any) -> Sandbox:
         given: dict[str, Any] = {
             "id": SandboxId(mint()),
+            "workspace": DEFAULT_WORKSPACE,
             "name": "box",
             "state": SandboxState.CREATING,
             "image": ImageId(mint()),
@@ -90,6 +92,7 @@ class Maker:
     def snapshot(self, *layers_: LayerId, **fields: Any) -> Snapshot:
         given: dict[str, Any] = {
             "id": SnapshotId(mint()),
+            "workspace": DEFAULT_WORKSPACE,
             "name": "point",
             "state": SnapshotState.READY,
             "requested_level": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,12 +20,22 @@ from support import disks
 from support.daemon import DaemonProcess, daemon
 
 
-def eventually(fact: Callable[[], bool], seconds: float = 30) -> None:
+def eventually(fact: Callable[[], bool], seconds: float = 30, *, what: str = "") -> None:
     """Wait for what nobody tells: the state of processes, files and of a QEMU without a daemon."""
     deadline = time.monotonic() + seconds
     while not fact():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, what
         time.sleep(0.02)
+
+
+def wait_idle(process: DaemonProcess) -> None:
+    """Wait until no job is due, and nothing that is to be removed is there."""
+    due = (
+        "SELECT 1 FROM jobs WHERE state IN ('queued', 'running')"
+        " UNION ALL SELECT 1 FROM chain_hints"
+        " UNION ALL SELECT 1 FROM layers WHERE state = 'garbage'"
+    )
+    eventually(lambda: not process.rows(due), 60)
 
 
 class Rig:
@@ -64,9 +75,13 @@ class Rig:
         if self._armed or not self.process.runs:
             self.restart()
 
+    def idle(self) -> None:
+        """Wait until no job is due: then a daemon that starts has nothing to write."""
+        wait_idle(self.process)
+
     def execute(self, line: str) -> ExecuteResult:
-        """Run a line in the witness, within five seconds."""
-        return self.client.sandboxes.execute(self.witness.id, line, timeout=5)
+        """Run a line in the witness, within twenty seconds."""
+        return self.client.sandboxes.execute(self.witness.id, line, timeout=20)
 
     def mark(self) -> str:
         """Let the witness write something new to both its disks, and put it on the disk."""
@@ -116,10 +131,18 @@ class Rig:
         self.process.check_consistent()
         for sandbox in self.client.sandboxes.list():
             self._check_sandbox(sandbox)
-        for snapshot in self.client.snapshots.list():
-            self._check_snapshot(snapshot)
-        self._check_seals()
-        self.client.sandboxes.wait_ready(self.witness.id, timeout=10)
+        while True:
+            layers = self.process.rows("SELECT id FROM layers ORDER BY id")
+            try:
+                for snapshot in self.client.snapshots.list():
+                    self._check_snapshot(snapshot)
+                self._check_seals()
+                break
+            except (FileNotFoundError, subprocess.CalledProcessError):
+                # A job may just have put another layer in the place of one that was looked at.
+                if layers == self.process.rows("SELECT id FROM layers ORDER BY id"):
+                    raise
+        self.client.sandboxes.wait_ready(self.witness.id, timeout=30)
         self.mark()
 
     def _check_sandbox(self, sandbox: Sandbox) -> None:
@@ -128,7 +151,7 @@ class Rig:
             assert disks.status(folder) == "running"
         else:
             assert sandbox.state_reason
-            if sandbox.state is SandboxState.PAUSED:
+            if sandbox.state is SandboxState.PAUSED and not sandbox.paused_to_disk:
                 assert disks.status(folder) == "paused"
 
     def _check_snapshot(self, snapshot: Snapshot) -> None:
@@ -140,7 +163,8 @@ class Rig:
         assert snapshot.state is SnapshotState.READY
         assert files
         if snapshot.id in self._expected:
-            assert disks.marker(files[1]) == self._expected[snapshot.id], snapshot
+            found = disks.marker_of(lambda: self.disks_of(snapshot.id)[1])
+            assert found == self._expected[snapshot.id], snapshot
         if snapshot.consistency is SnapshotLevel.APPLICATION and snapshot.frozen_filesystems:
             assert not disks.needs_recovery(files[0])
 
@@ -148,13 +172,24 @@ class Rig:
         seals = {}
         for layer, state in self.process.rows("SELECT id, state FROM layers"):
             file = self.path(str(layer))
-            mode = file.stat().st_mode & 0o777
-            assert (state, mode) in (("sealed", 0o400), ("active", 0o600)), (layer, state, mode)
-            if state == "sealed":
-                seals[str(layer)] = disks.digest(file)
+            try:
+                mode = file.stat().st_mode & 0o777
+                seal = disks.digest(file) if state == "sealed" else ""
+            except FileNotFoundError:
+                # Only a job in the background can have replaced it meanwhile.
+                eventually(lambda layer=layer: not self._is_kept(layer))  # type: ignore[misc]
+                continue
+            assert state == "garbage" or (state, mode) in (("sealed", 0o400), ("active", 0o600)), (
+                layer, state, mode,
+            )  # fmt: skip
+            if seal:
+                seals[str(layer)] = seal
         for layer, seal in self._seals.items():
             assert seals.get(layer, seal) == seal, f"sealed layer {layer} was changed"
         self._seals = seals
+
+    def _is_kept(self, layer: object) -> bool:
+        return bool(self.process.rows(f"SELECT 1 FROM layers WHERE id = '{layer}'"))
 
     def clear(self) -> None:
         """Remove every sandbox but the witness, and every snapshot."""

@@ -36,22 +36,31 @@ class Stored:
         digests = {}
         for (layer,) in self._process.rows("SELECT id FROM layers WHERE state = 'sealed'"):
             path = self._folder / f"{layer}.qcow2"
+            if not path.exists():  # a job in the background has replaced it meanwhile
+                wait_until(lambda row=layer: not self._is_kept(row))  # type: ignore[misc]
+                continue
             assert stat.S_IMODE(path.stat().st_mode) == 0o400, path
             if path.name not in but:
                 digests[path.name] = disks.digest(path)
         return digests
 
+    def _is_kept(self, layer: object) -> bool:
+        return bool(self._process.rows(f"SELECT 1 FROM layers WHERE id = '{layer}'"))
+
     def unneeded(self) -> set[str]:
-        """Layers, rows or files, that no record's chain goes through."""
+        """Layers, rows or files, that no record's chain goes through, and no job works on."""
         rows = self._process.rows(
             """
             WITH RECURSIVE needed (id) AS (
                 SELECT layer FROM disks
                 UNION SELECT layer FROM snapshot_disks
                 UNION SELECT layer FROM images WHERE layer IS NOT NULL
+                UNION SELECT layer FROM jobs WHERE state IN ('running', 'paused')
+                UNION SELECT target FROM jobs WHERE state IN ('running', 'paused')
                 UNION SELECT layers.parent FROM layers JOIN needed USING (id)
             )
             SELECT id || '.qcow2', id IN needed FROM layers
+            UNION ALL SELECT target || '.qcow2', 1 FROM jobs WHERE state IN ('running', 'paused')
             """
         )
         needed = {str(name) for name, is_needed in rows if is_needed}
@@ -87,7 +96,7 @@ def run_tool(*words: str | Path, fine: Collection[int] = (0,)) -> str:
 
 def to_raw(layer: Path, target: Path) -> Path:
     """Write the disk that `layer` and its chain are; refused while somebody writes one of them."""
-    run_tool("qemu-img", "convert", "-f", "qcow2", "-O", "raw", layer, target)
+    run_tool("qemu-img", "convert", "-f", "qcow2", "-O", "raw", disks.spelled(layer), target)
     return target
 
 
@@ -103,7 +112,7 @@ def ext4_features(raw: Path) -> set[str]:
     return set(line.partition(":")[2].split())
 
 
-def wait_until(fact: Callable[[], bool], *, seconds: float = 30) -> None:
+def wait_until(fact: Callable[[], bool], *, seconds: float = 120) -> None:
     """Look until it is so. For what nobody tells, as what a guest writes."""
     deadline = time.monotonic() + seconds
     while not fact():

@@ -1,7 +1,8 @@
-"""Waiting for what the daemon tells, so that no test sleeps or polls."""
+"""Waiting for what the daemon tells, so that no test sleeps or polls; and not for what hangs."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
@@ -26,3 +27,13 @@ def until(client: Client, sandbox: str, fits: Callable[[SandboxRecord], bool]) -
     """The sandbox's record as soon as it fits; at once where it does already."""
     with watching(client, sandbox) as events:
         return next(event.sandbox for event in events if fits(event.sandbox))
+
+
+@contextmanager
+def killed_at_last(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is gone at the end, also of a test that fails: Popen itself would wait."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()

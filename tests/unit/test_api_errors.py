@@ -23,8 +23,9 @@ from grpc_status import rpc_status
 import stratabox.daemon
 import stratabox.storage
 from stratabox.daemon.api import convert
-from stratabox.daemon.api.errors import CODES, DOMAIN, code_of, status_of, streaming, unary
-from stratabox.daemon.lifecycle.events import Happening
+from stratabox.daemon.api.errors import streaming, unary
+from stratabox.daemon.lifecycle.common.events import Happening
+from stratabox.daemon.rpc.errors import CODES, DOMAIN, code_of, status_of
 from stratabox.storage.model import errors
 from stratabox.storage.model.errors import InternalError, NotFoundError, StrataboxError
 from stratabox.storage.model.states import ImageState, Level, SandboxState, SnapshotState
@@ -69,7 +70,7 @@ def info_of(status: status_pb2.Status) -> error_details_pb2.ErrorInfo:
 def test_every_class_of_the_model_has_its_row() -> None:
     kinds = {kind for kind in ours() if kind.__module__ == errors.__name__}
     assert set(CODES) == kinds
-    assert len(kinds) == 10
+    assert len(kinds) == 13
 
 
 def test_every_error_anywhere_has_a_code_a_reason_and_a_name() -> None:
@@ -92,6 +93,9 @@ def test_the_codes_are_those_of_the_style_guide() -> None:
         "ConflictError": "ABORTED",
         "NoSpaceError": "RESOURCE_EXHAUSTED",
         "UnavailableError": "UNAVAILABLE",
+        "UnauthenticatedError": "UNAUTHENTICATED",
+        "ForbiddenError": "PERMISSION_DENIED",
+        "RateLimitedError": "RESOURCE_EXHAUSTED",
         "CorruptError": "DATA_LOSS",
         "InternalError": "INTERNAL",
     }

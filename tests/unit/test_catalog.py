@@ -69,7 +69,10 @@ def test_a_fresh_file_gets_the_newest_schema(path: Path) -> None:
     assert version == sum(entry.name.endswith(".sql") for entry in folder.iterdir())
     assert {row["name"] for row in tables} == {
         "store", "layers", "images", "sandboxes", "disks", "snapshots", "snapshot_disks",
-        "operations", "idempotency", "rams",
+        "operations", "idempotency", "rams", "jobs", "volumes", "attachments", "volume_snapshots",
+        "suspects", "chain_hints", "chain_changes", "api_keys", "authorized_keys", "ports",
+        "previews", "secrets", "tenki_sessions", "tenki_snapshot_tags", "tenki_volume_tags",
+        "workspaces",
     }  # fmt: skip
     assert all(row["sql"].rstrip().endswith("STRICT") for row in tables)
     assert modes == ["wal", 2]
@@ -349,9 +352,9 @@ def test_a_chain_is_read_from_the_top(catalog: Catalog, maker: Maker) -> None:
 def test_sealing_tells_when(catalog: Catalog, maker: Maker) -> None:
     with catalog.transaction() as tx:
         (layer,) = maker.chain(tx, 1)
-        layers.seal(tx, [layer])
+        layers.seal(tx, {layer: 4096})
         found: Layer = layers.everything(tx)[0]
-        assert (found.state, found.sealed_at) == ("sealed", tx.now)
+        assert (found.state, found.sealed_at, found.bytes) == ("sealed", tx.now, 4096)
 
 
 # -- a full disk ----------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def refused(*argv: str, environ: dict[str, str] | None = None) -> str:
 
 def test_every_key_is_a_field_and_every_field_a_key() -> None:
     fields = {field.name for field in dataclasses.fields(Config)} - {"sources"}
-    assert fields == {key.name for key in KEYS}
+    assert fields == {key.field for key in KEYS}
 
 
 def test_defaults_of_root() -> None:
@@ -131,8 +131,17 @@ def test_unknown_keys_are_refused_with_a_guess(tmp_path: Path) -> None:
     file = write(tmp_path, "default-cpu = 2\n[zzz]\ny = 1\n")
     assert refused("--config", str(file)).splitlines() == [
         f'unknown key "default-cpu" in {file}; did you mean "default_cpus"?',
-        f'unknown key "zzz" in {file}',
+        f'unknown key "zzz.y" in {file}',
     ]
+
+
+def test_a_dotted_key_is_a_row_of_a_table(tmp_path: Path) -> None:
+    for text in ("admission.memory = '2GiB'\n", "[admission]\nmemory = '2GiB'\n"):
+        config = load(["--config", str(write(tmp_path, text))], {}, root=True)
+        assert config.admission_memory == 2 << 30
+    assert load([], {"STRATABOX_ADMISSION_MEMORY": "1GiB"}).admission_memory == 1 << 30
+    assert "admission" in refused("--config", str(write(tmp_path, "admission = 3\n")))
+    assert '"admission"' in refused("--config", str(write(tmp_path, "[admission]\n")))
 
 
 def test_every_wrong_value_is_told_at_once_with_its_source() -> None:
@@ -182,9 +191,9 @@ def test_unknown_and_shortened_flags_are_refused() -> None:
         ('address = "http://127.0.0.1:0"', "unix:///PATH"),
         ('address = "http://127.0.0.1:99999"', "unix:///PATH"),
         ('address = "http://127.0.0.1:80/path"', "unix:///PATH"),
-        ('address = "http://0.0.0.0:80"', "no TLS and no keys"),
-        ('address = "http://example.com:80"', "no TLS and no keys"),
-        ('address = "http://[::]:80"', "no TLS and no keys"),
+        ('address = "http://0.0.0.0:80"', "without TLS only loopback"),
+        ('address = "http://example.com:80"', "without TLS only loopback"),
+        ('address = "http://[::]:80"', "without TLS only loopback"),
         (f'address = "unix:///{"a" * 107}"', "107 bytes"),
     ],
 )
@@ -224,7 +233,7 @@ def test_settings_are_toml_that_gives_the_same_configuration(tmp_path: Path) -> 
     changed = ["--ready-timeout=1500ms", "--max-image-bytes=1048577", "--address=http://[::1]:80"]
     config = load(changed, {}, root=True)
     text = "".join(f"{setting.key} = {setting.value}\n" for setting in config.settings())
-    assert set(tomllib.loads(text)) == {key.name for key in KEYS}
+    assert set(tomllib.loads(text)) == {key.name.partition(".")[0] for key in KEYS}
     again = load(["--config", str(write(tmp_path, text))], {}, root=True)
     assert dataclasses.replace(again, sources=config.sources) == config
 

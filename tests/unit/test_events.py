@@ -8,7 +8,14 @@ from datetime import UTC, datetime
 
 import pytest
 
-from stratabox.daemon.lifecycle.events import BACKLOG, Bus, Event, Happening, Record, Subscription
+from stratabox.daemon.lifecycle.common.events import (
+    BACKLOG,
+    Bus,
+    Event,
+    Happening,
+    Record,
+    Subscription,
+)
 from stratabox.storage.model.errors import ConflictError
 from stratabox.storage.model.records import Sandbox
 from support.records import Maker

@@ -94,7 +94,7 @@ def test_kill_is_a_kill() -> None:
         "create.row-writen=kill", "=kill", "kill", "create.row-written=sleep",
         "create.row-written=sleep:", "create.row-written=sleep:soon", "create.row-written=sleep:-1",
         "create.row-written=sleep:nan", "create.row-written=kill ", " create.row-written=kill",
-        "create.row-written=error:", "create.row-written=error:0", "create.row-written=kill:1",
+        "create.row-written=error:", "create.row-written=error:0", "create.row-written=kill:0",
         "create.row-written=kill=kill", "sweep.unlinked=error,no.such=kill",
     ],
 )  # fmt: skip

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stratabox.daemon.hypervisor import exec as guest_exec
 from stratabox.daemon.hypervisor import sockets
-from stratabox.daemon.hypervisor.agent import AgentRefusedError, GuestAgent
-from stratabox.daemon.hypervisor.agent_channel import AgentGoneError
+from stratabox.daemon.hypervisor.guest import exec as guest_exec
+from stratabox.daemon.hypervisor.guest.agent import AgentRefusedError, GuestAgent
+from stratabox.daemon.hypervisor.guest.agent_channel import AgentGoneError
 from stratabox.storage.model.errors import InvalidArgumentError
 
 Answer = Callable[[dict[str, Any]], Awaitable[bytes | None]]
@@ -82,6 +84,35 @@ async def test_one_sync_is_enough(agent: GuestAgent, peer: Peer) -> None:
     await agent.ping()
     await agent.ping()
     assert peer.heard == ["guest-sync-delimited", "guest-ping", "guest-ping"]
+
+
+async def test_who_asks_early_has_asked_before_anything_is_waited_for(
+    agent: GuestAgent, tmp_path: Path
+) -> None:
+    with sockets.listen(tmp_path, sockets.AGENT) as listening:
+        agent.ask_early()
+        # Nothing else has run: so the question is with QEMU before a `cont` can be.
+        listening.settimeout(0)
+        sock, _ = listening.accept()
+        with sock:
+            sock.settimeout(0)
+            assert sock.recv(4096).startswith(b'\xff{"execute": "guest-sync-delimited"')
+
+
+async def test_an_early_question_is_answered_once(agent: GuestAgent, peer: Peer) -> None:
+    agent.ask_early()
+    await agent.wait_ready(10)
+    await agent.ping()
+    assert peer.heard == ["guest-sync-delimited", "guest-ping"]
+
+
+async def test_an_early_question_that_a_reset_has_lost_is_asked_again(
+    agent: GuestAgent, peer: Peer
+) -> None:
+    agent.ask_early()
+    agent.port_changed(is_open=False)
+    await agent.wait_ready(10)
+    assert peer.heard == ["guest-sync-delimited"] * 2
 
 
 async def test_a_late_reply_is_never_taken_for_anothers(agent: GuestAgent, peer: Peer) -> None:
@@ -151,6 +182,50 @@ async def test_nesting_deeper_than_python_can_follow(agent: GuestAgent, peer: Pe
 async def test_a_flood_before_the_sync_is_skipped(agent: GuestAgent, peer: Peer) -> None:
     peer.before_sync = b"z" * 3_000_000
     await agent.ping(timeout=10)
+
+
+async def test_a_long_reply_of_tiny_values_is_not_parsed(agent: GuestAgent, peer: Peer) -> None:
+    async def crowded(request: dict[str, Any]) -> bytes:
+        return b'{"return": {"a": [[]' + b",[]" * 300_000 + b"]}}\n"
+
+    async def long(request: dict[str, Any]) -> bytes:
+        return json.dumps({"return": {"out-data": "A" * 900_000}}).encode() + b"\n"
+
+    peer.answer = crowded
+    with pytest.raises(AgentGoneError, match="makes no sense"):
+        await agent.execute("guest-exec-status")
+    peer.answer = long
+    assert await agent.execute("guest-exec-status") == {"out-data": "A" * 900_000}
+
+
+async def test_others_have_their_turn_while_a_flood_is_read(
+    agent: GuestAgent, tmp_path: Path
+) -> None:
+    with sockets.listen(tmp_path, sockets.AGENT) as listening:
+        waiting = asyncio.create_task(agent.ping(1.5))
+        listening.setblocking(False)
+        sock, _ = await asyncio.get_running_loop().sock_accept(listening)
+        with sock:
+            sent, flooding = 0, True
+
+            def flood() -> None:
+                nonlocal sent
+                sock.setblocking(True)
+                with contextlib.suppress(OSError):
+                    while flooding:
+                        sent += sock.send(b'{"return": {}}\n' * 5000)
+
+            thread = threading.Thread(target=flood)
+            thread.start()
+            try:
+                with pytest.raises(AgentGoneError):
+                    await waiting
+            finally:
+                flooding = False
+                await agent.close()
+                await asyncio.to_thread(thread.join)
+    # All that is said before a mark is dropped, and after a while only slowly.
+    assert sent < 64 << 20
 
 
 async def test_a_refusal_has_the_agents_words(agent: GuestAgent, peer: Peer) -> None:
@@ -248,6 +323,27 @@ async def test_a_command_and_its_output(agent: GuestAgent, peer: Peer) -> None:
     assert (result.exit_code, result.signal, result.stdout) == (3, None, b"hi\0\n")
     assert (result.stdout_truncated, result.stderr_truncated) == (True, False)
     assert not result.timed_out
+
+
+@pytest.mark.parametrize("data", ["\ud800", "ü", "A"])
+async def test_output_that_makes_no_sense(agent: GuestAgent, peer: Peer, data: str) -> None:
+    async def answer(request: dict[str, Any]) -> bytes | None:
+        value: dict[str, Any] = {"pid": 7, "exited": True, "exitcode": 10**30, "out-data": data}
+        return json.dumps({"return": value}).encode() + b"\n"
+
+    peer.answer = answer
+    with pytest.raises(AgentGoneError, match="makes no sense"):
+        await guest_exec.execute(agent, ["true"])
+
+
+async def test_numbers_that_cannot_be_are_none(agent: GuestAgent, peer: Peer) -> None:
+    async def answer(request: dict[str, Any]) -> bytes | None:
+        value = {"pid": 7, "exited": True, "exitcode": 10**30, "signal": -1, "out-data": ""}
+        return json.dumps({"return": value}).encode() + b"\n"
+
+    peer.answer = answer
+    result = await guest_exec.execute(agent, ["true"])
+    assert (result.exit_code, result.signal) == (None, None)
 
 
 async def test_a_timeout_kills_by_marker_and_session(agent: GuestAgent, peer: Peer) -> None:

@@ -150,12 +150,23 @@ def test_sockets_in_deep_folders(tmp_path: Path) -> None:
             events.AgentPort(True),
         ),
         ({"event": "VSERPORT_CHANGE", "data": {"id": "other", "open": True}}, None),
+        ({"event": "NETDEV_STREAM_CONNECTED", "data": {"netdev-id": "net"}}, events.Wired(True)),
+        (
+            {"event": "NETDEV_STREAM_DISCONNECTED", "data": {"netdev-id": "net"}},
+            events.Wired(False),
+        ),
         (
             {
                 "event": "BLOCK_IO_ERROR",
-                "data": {"node-name": "L1", "nospace": True, "action": "stop"},
+                "data": {
+                    "node-name": "L1",
+                    "nospace": True,
+                    "action": "stop",
+                    "operation": "write",
+                    "reason": "No space left on device",
+                },
             },
-            events.BlockError("L1", True, "stop"),
+            events.BlockError("L1", True, "stop", "write: No space left on device"),
         ),
         ({"event": "STOP"}, events.Stopped()),
         ({"event": "GUEST_PANICKED", "data": {}}, events.Panicked()),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stratabox.daemon.api import convert
-from stratabox.daemon.lifecycle.once import Key
+from stratabox.daemon.lifecycle.common.once import Key
 from stratabox.storage.catalog import idempotency, sandboxes
 from stratabox.storage.catalog.database import Catalog, text_of
 from stratabox.storage.model.errors import InvalidArgumentError

@@ -7,8 +7,8 @@ from collections.abc import Awaitable
 
 import pytest
 
-from stratabox.daemon.lifecycle.once import Flights, Key
-from stratabox.daemon.lifecycle.threads import Tasks
+from stratabox.daemon.lifecycle.common.once import Flights, Key
+from stratabox.daemon.lifecycle.common.threads import Tasks
 from stratabox.storage.model.errors import DeniedError, InvalidArgumentError
 
 KEY = Key(key="k", method="Create", request="hash")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stratabox.daemon.lifecycle import naming, policy
+from stratabox.daemon.lifecycle import policy
+from stratabox.daemon.lifecycle.common import naming
 from stratabox.daemon.lifecycle.policy import Resources
 from stratabox.storage.model.errors import DeniedError, InvalidArgumentError, StrataboxError
-from stratabox.storage.model.records import GIB
+from stratabox.storage.model.records import GIB, Sandbox
 from stratabox.storage.model.states import Level, SandboxState
 from support.records import Maker
 
@@ -315,6 +317,37 @@ def test_levels(
     for refusal in refusals:
         assert refusal.reason == "INVALID_STATE"
         assert refusal.metadata == {"sandbox": box.id, "state": state}
+
+
+def test_memory_takes_a_guest_that_has_answered(maker: Maker) -> None:
+    running = maker.sandbox(state=SandboxState.RUNNING)
+    parked = maker.sandbox(state=SandboxState.PAUSED, ram_parked="ram")
+    for box, fits in (
+        (running, False),
+        (replace(running, ready=True), True),
+        (replace(running, state=SandboxState.PAUSED, ready=True), True),
+        (parked, True),
+    ):
+        assert policy.is_past_boot(box) is fits
+        if fits:
+            policy.check_can_park(box)
+            assert choose_memory(box) == (Level.MEMORY, Level.MEMORY)
+            continue
+        with pytest.raises(DeniedError) as caught:
+            policy.check_can_park(box)
+        assert caught.value.reason == "GUEST_BOOTING"
+    for state in set(SandboxState) - {SandboxState.RUNNING, SandboxState.PAUSED}:
+        with pytest.raises(DeniedError) as caught:
+            policy.check_can_park(maker.sandbox(state=state, ready=True))
+        assert caught.value.reason == "INVALID_STATE"
+    with pytest.raises(DeniedError, match="resume it"):
+        policy.require_state(parked, SandboxState.RUNNING, action="pause")
+
+
+def choose_memory(box: Sandbox) -> tuple[Level, Level]:
+    """What is taken where memory is named, and where nothing is."""
+    named = policy.choose_level(Level.MEMORY, CRASH, box, agent_answers=True)
+    return named, policy.choose_level(None, Level.MEMORY, box, agent_answers=True)
 
 
 def test_limits_are_those_of_issue_2() -> None:

@@ -79,14 +79,9 @@ def test_a_plain_header_passes(version: int) -> None:
 
 
 def test_what_qemu_img_writes_is_read(tmp_path: Path) -> None:
-    disk, overlay = tmp_path / "disk.qcow2", tmp_path / "overlay.qcow2"
+    disk = tmp_path / "disk.qcow2"
     qemu_img.create_disk(disk, 3 * GIB)
-    qemu_img.create_overlay(overlay, "not there.qcow2", 4 * GIB)
     assert judge(disk.read_bytes()).virtual_size == qemu_img.virtual_size(disk) == 3 * GIB
-    found = parse(overlay.read_bytes())
-    assert found.backing_file == b"not there.qcow2"
-    assert dict(found.extensions)[0xE2792ACA] == b"qcow2"
-    assert qemu_img.virtual_size(overlay) == 4 * GIB
     assert qemu_img.check(disk).clean
 
 

@@ -71,12 +71,12 @@ def test_the_snapshot_that_holds_a_layer_is_the_newest_ready_one(
 ) -> None:
     with catalog.transaction() as tx:
         (layer,) = maker.chain(tx, 1)
-        assert snapshots.holding(tx, layer) is None
+        assert snapshots.holding(tx, layer, "default") is None
         snapshots.insert(tx, maker.snapshot(layer, state=SnapshotState.DELETING))
         snapshots.insert(tx, maker.snapshot(layer))
         newest = snapshots.insert(tx, maker.snapshot(layer))
         snapshots.insert(tx, maker.snapshot(layer, state=SnapshotState.CREATING))
-        assert snapshots.holding(tx, layer) == newest.id
+        assert snapshots.holding(tx, layer, "default") == newest.id
 
 
 def test_what_has_expired(catalog: Catalog, maker: Maker) -> None:

@@ -20,6 +20,7 @@ from stratabox.storage.model.ids import (
     SandboxId,
     Sha256,
     SnapshotId,
+    VolumeId,
     mint,
 )
 from stratabox.storage.model.records import (
@@ -28,7 +29,9 @@ from stratabox.storage.model.records import (
     KernelBoot,
     Layer,
     Machine,
+    Mount,
     Sandbox,
+    Schedule,
     Snapshot,
 )
 from stratabox.storage.model.states import (
@@ -38,6 +41,7 @@ from stratabox.storage.model.states import (
     SandboxState,
     SnapshotState,
 )
+from stratabox.storage.model.workspaces import DEFAULT_WORKSPACE
 from support.records import scratch
 
 T = TypeVar("T")
@@ -71,12 +75,25 @@ machines_ = st.builds(
     firmware=st.dictionaries(names, digests, max_size=3),
     mac=texts,
     kernel_boot=st.none() | boots,
+    volumes=st.booleans(),
 )
 disks = st.lists(
     st.builds(Disk, index=st.integers(0, 8), layer=ids.map(LayerId), size=whole, serial=texts),
     max_size=4,
     unique_by=(lambda disk: disk.index, lambda disk: disk.layer),
 ).map(lambda found: tuple(sorted(found, key=lambda disk: disk.index)))
+
+mounts = st.lists(
+    st.builds(
+        Mount,
+        volume=ids.map(VolumeId),
+        volume_name=texts,
+        path=texts,
+        read_only=st.booleans(),
+        slot=st.integers(0, 15),
+    ),
+    max_size=3,
+).map(tuple)
 
 layers_ = st.builds(
     Layer,
@@ -86,6 +103,12 @@ layers_ = st.builds(
     size=whole,
     created_at=times,
     sealed_at=st.none() | times,
+    backing=st.none() | ids.map(LayerId),
+    bytes=st.integers(0, 2**50),  # there is a column with their sum, too
+    compressed=st.booleans(),
+    sha256=st.none() | digests,
+    content=st.none() | digests,
+    reads_as=st.none() | digests,
 )
 images_ = st.builds(
     Image,
@@ -101,6 +124,7 @@ images_ = st.builds(
 sandboxes_ = st.builds(
     Sandbox,
     id=ids.map(SandboxId),
+    workspace=st.just(DEFAULT_WORKSPACE),
     name=texts,
     state=st.sampled_from(SandboxState),
     image=ids.map(ImageId),
@@ -124,10 +148,20 @@ sandboxes_ = st.builds(
     started_at=st.none() | times,
     ready_at=st.none() | times,
     terminated_at=st.none() | times,
+    keep_last=whole,
+    schedule=st.none()
+    | st.builds(
+        Schedule,
+        every=st.integers(1, 366 * 86400).map(lambda seconds: timedelta(seconds=seconds)),
+        level=levels,
+        next_at=times,
+    ),
+    left_behind=mounts,
 )
 snapshots_ = st.builds(
     Snapshot,
     id=ids.map(SnapshotId),
+    workspace=st.just(DEFAULT_WORKSPACE),
     name=texts,
     state=st.sampled_from(SnapshotState),
     requested_level=levels,
@@ -156,6 +190,7 @@ snapshots_ = st.builds(
     stall=st.none() | st.timedeltas(timedelta(0), timedelta(days=400)),
     layer_bytes=whole,
     parent=st.none() | ids.map(SnapshotId),
+    volumes=mounts,
 )
 payloads = st.dictionaries(
     names, st.recursive(st.none() | st.booleans() | whole | texts, st.lists, max_leaves=4)
@@ -205,7 +240,7 @@ def test_layer_round_trip(catalog: Catalog, record: Layer) -> None:
     with scratch(catalog) as tx:
         layers.insert(tx, record)
         assert layers.everything(tx) == [record]
-        child = replace(record, id=LayerId(mint()), parent=record.id)
+        child = replace(record, id=LayerId(mint()), parent=record.id, backing=record.id)
         layers.insert(tx, child)
         assert layers.chain(tx, child.id) == [child, record]
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from stratabox.daemon.lifecycle.threads import Tasks, in_executor, in_thread, settle
+from stratabox.daemon.lifecycle.common.threads import Tasks, in_executor, in_thread, settle
 
 
 async def turn(times: int = 5) -> None:

@@ -20,15 +20,21 @@ from grpc_status import rpc_status
 from stratabox.client import Client
 from stratabox.client.cli import cli
 from stratabox.v1 import (
+    files_pb2,
+    files_pb2_grpc,
     host_pb2,
     host_pb2_grpc,
     images_pb2,
     images_pb2_grpc,
+    jobs_pb2,
+    jobs_pb2_grpc,
     records_pb2,
     sandboxes_pb2,
     sandboxes_pb2_grpc,
     snapshots_pb2,
     snapshots_pb2_grpc,
+    transfers_pb2,
+    transfers_pb2_grpc,
 )
 
 SANDBOX_ID = "11111111-2222-4333-8444-555555555555"
@@ -52,9 +58,24 @@ _SERVICES: tuple[tuple[Any, type, Callable[..., None]], ...] = (
         images_pb2_grpc.add_ImagesServiceServicer_to_server,
     ),
     (
+        jobs_pb2,
+        jobs_pb2_grpc.JobsServiceServicer,
+        jobs_pb2_grpc.add_JobsServiceServicer_to_server,
+    ),
+    (
         host_pb2,
         host_pb2_grpc.HostServiceServicer,
         host_pb2_grpc.add_HostServiceServicer_to_server,
+    ),
+    (
+        files_pb2,
+        files_pb2_grpc.FilesServiceServicer,
+        files_pb2_grpc.add_FilesServiceServicer_to_server,
+    ),
+    (
+        transfers_pb2,
+        transfers_pb2_grpc.TransfersServiceServicer,
+        transfers_pb2_grpc.add_TransfersServiceServicer_to_server,
     ),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from typing import Any
 
 import grpc
@@ -207,6 +208,8 @@ def test_exec_as_json(daemon: Any, run: Any) -> None:
         "stdout_base64": None,
         "stderr": "\ufffd",
         "stderr_base64": "/w==",
+        "out_of_memory": False,
+        "disk_full": False,
         "stdout_truncated": False,
         "stderr_truncated": False,
         "duration_seconds": 0.25,
@@ -248,3 +251,43 @@ def test_no_daemon(run: Any) -> None:
     assert "unix:///nowhere/api.sock" in result.stderr
     assert "hint: " in result.stderr
     assert run("--address", "nonsense", "sandbox", "list").exit_code == 2
+
+
+def test_pause_to_disk_and_resume(daemon: Any, run: Any, make: Any) -> None:
+    parked = make.sandbox(
+        state=records_pb2.SANDBOX_STATE_PAUSED, paused_to_disk=True, memory_bytes=3 << 20
+    )
+    daemon.answers |= {"PauseSandbox": parked, "ResumeSandbox": make.sandbox()}
+    shown = run("sandbox", "pause", "debugbox", "--to-disk")
+    assert daemon.last("PauseSandbox").to_disk
+    assert "3.0 MiB" in shown.stdout
+    body = json.loads(run("sandbox", "pause", "debugbox", "--json").stdout)
+    assert not daemon.last("PauseSandbox").to_disk
+    assert (body["paused_to_disk"], body["memory_bytes"]) == (True, 3 << 20)
+    assert (body["expires_at"], body["on_timeout"]) == (None, "terminate")
+    run("sandbox", "resume", "debugbox", "--ready-timeout", "5s")
+    sent = daemon.last("ResumeSandbox")
+    assert (sent.wait_for_ready, sent.ready_timeout.seconds) == (True, 5)
+
+
+def test_limits_of_time(daemon: Any, run: Any, make: Any) -> None:
+    daemon.answers |= {"CreateSandbox": make.sandbox(), "UpdateSandbox": make.sandbox()}
+    before = time.time()
+    run("sandbox", "create", "--timeout", "2h", "--on-timeout", "pause")
+    sent = daemon.last("CreateSandbox")
+    assert 0 <= sent.expires_at.seconds - int(before) - 7200 <= time.time() - before + 1
+    assert sent.on_timeout == records_pb2.TIMEOUT_ACTION_PAUSE
+    run("sandbox", "create", "--expires-at", "2036-03-20T12:00:00Z")
+    sent = daemon.last("CreateSandbox")
+    assert sent.expires_at.ToJsonString() == "2036-03-20T12:00:00Z"
+    assert sent.on_timeout == records_pb2.TIMEOUT_ACTION_UNSPECIFIED
+    both = run("sandbox", "create", "--timeout", "1s", "--expires-at", "2036-03-20T12:00:00Z")
+    assert both.exit_code == 2
+    run("sandbox", "update", "debugbox", "--clear", "expires_at", "--on-timeout", "terminate")
+    sent = daemon.last("UpdateSandbox")
+    assert sorted(sent.update_mask.paths) == ["expires_at", "on_timeout"]
+    assert not sent.sandbox.HasField("expires_at")
+    run("sandbox", "update", "debugbox", "--timeout", "1h")
+    sent = daemon.last("UpdateSandbox")
+    assert list(sent.update_mask.paths) == ["expires_at"]
+    assert sent.sandbox.HasField("expires_at")

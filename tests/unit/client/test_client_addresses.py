@@ -66,6 +66,7 @@ def test_a_named_file_must_be_there() -> None:
         ("unix:///run/a b.sock", "unix:///run/a%20b.sock"),
         ("http://host:7777", "host:7777"),
         ("http://[::1]:7777/", "[::1]:7777"),
+        ("https://host:7777", "host:7777"),
     ],
 )
 def test_targets(address: str, target: str) -> None:
@@ -75,7 +76,16 @@ def test_targets(address: str, target: str) -> None:
 @pytest.mark.parametrize(
     "address",
     [
-        *("", "host:1", "https://h:1", "http://h", "http://h:x", "http://u@h:1", "http://h:1/p"),
+        *(
+            "",
+            "host:1",
+            "ftp://h:1",
+            "https://h",
+            "http://h",
+            "http://h:x",
+            "http://u@h:1",
+            "http://h:1/p",
+        ),
         *("unix:relative", "unix://x", "unix:///" + "x" * 107),
     ],
 )

@@ -29,7 +29,12 @@ CODE = grpc.StatusCode
         (CODE.INTERNAL, "INTERNAL", sdk.InternalError),
         (CODE.UNIMPLEMENTED, None, sdk.UnsupportedError),
         (CODE.RESOURCE_EXHAUSTED, None, sdk.StrataboxError),
-        (CODE.PERMISSION_DENIED, None, sdk.StrataboxError),
+        (CODE.PERMISSION_DENIED, "FORBIDDEN", sdk.ForbiddenError),
+        (CODE.PERMISSION_DENIED, None, sdk.ForbiddenError),
+        (CODE.UNAUTHENTICATED, "NO_KEY", sdk.NoKeyError),
+        (CODE.UNAUTHENTICATED, "KEY_EXPIRED", sdk.KeyExpiredError),
+        (CODE.UNAUTHENTICATED, "INVALID_KEY", sdk.UnauthenticatedError),
+        (CODE.RESOURCE_EXHAUSTED, "RATE_LIMITED", sdk.RateLimitedError),
         (CODE.DEADLINE_EXCEEDED, None, sdk.DeadlineExceededError),
     ],
 )

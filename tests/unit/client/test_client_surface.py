@@ -10,7 +10,36 @@ from typing import Any
 import pytest
 
 import stratabox.client
-from stratabox.client import aio, errors, records, sync
+from stratabox.client import (
+    _events_faces,
+    _files_aio,
+    _files_sync,
+    _ports_aio,
+    _ports_sync,
+    _workspace_faces,
+    access_errors,
+    aio,
+    archives,
+    background,
+    errors,
+    event_records,
+    file_errors,
+    file_records,
+    host_records,
+    network_errors,
+    network_records,
+    observed_errors,
+    observed_records,
+    port_errors,
+    port_records,
+    probe_records,
+    process_records,
+    records,
+    sync,
+    volume_errors,
+    volume_records,
+    workspace_records,
+)
 from stratabox.client._plans import Method
 
 PAIRS = [
@@ -18,7 +47,17 @@ PAIRS = [
     (sync.Sandboxes, aio.AsyncSandboxes),
     (sync.Snapshots, aio.AsyncSnapshots),
     (sync.Images, aio.AsyncImages),
+    (sync.Volumes, aio.AsyncVolumes),
+    (_events_faces.Events, _events_faces.AsyncEvents),
+    (sync.Jobs, aio.AsyncJobs),
     (sync.Client, aio.AsyncClient),
+    (_files_sync.Files, _files_aio.AsyncFiles),
+    (_ports_sync.Ports, _ports_aio.AsyncPorts),
+    (_ports_sync.SandboxPorts, _ports_aio.AsyncSandboxPorts),
+    (_ports_sync.Ssh, _ports_aio.AsyncSsh),
+    (_ports_sync.SandboxSsh, _ports_aio.AsyncSandboxSsh),
+    (_workspace_faces.Workspaces, _workspace_faces.AsyncWorkspaces),
+    (_files_sync.SandboxFiles, _files_aio.AsyncSandboxFiles),
 ]
 
 
@@ -33,13 +72,34 @@ def test_exported_names() -> None:
         assert getattr(stratabox.client, name).__name__ == name
     ours = {
         name
-        for module in (errors, records)
+        for module in (
+            *(
+                errors,
+                event_records,
+                access_errors,
+                file_errors,
+                file_records,
+                records,
+                host_records,
+                volume_errors,
+                volume_records,
+                archives,
+                background,
+            ),
+            *(observed_errors, observed_records, probe_records),
+            *(port_errors, port_records),
+            process_records,
+            workspace_records,
+            *(network_errors, network_records),
+        )
         for name, value in vars(module).items()
         if inspect.isclass(value)
         and value.__module__ == module.__name__
         and not name.startswith("_")
     }
-    assert ours | {"AsyncClient", "AsyncSandbox", "Client", "Sandbox"} == set(exported)
+    late = {"AsyncClient", "AsyncConnection", "AsyncSandbox", "Client", "Connection", "Sandbox"}
+    late |= {"AsyncProcess", "Process"}
+    assert ours | late == set(exported)
 
 
 def test_there_is_nothing_else() -> None:

@@ -1,0 +1,2 @@
+curl https://api.akiralabs.ai/v1/snapshots/list \
+  -H "x-api-key: YOUR_API_KEY"

@@ -1,0 +1,1 @@
+tenki sandbox snapshot create --session <session-id> --name baseline

@@ -1,0 +1,4 @@
+tenki sandbox snapshot list
+tenki sandbox snapshot list --json
+tenki sandbox snapshot get <snapshot-id>
+tenki sandbox snapshot delete <snapshot-id>

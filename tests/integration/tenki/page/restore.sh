@@ -1,0 +1,1 @@
+tenki sandbox snapshot restore <snapshot-id> --name restored-copy

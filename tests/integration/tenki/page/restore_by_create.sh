@@ -1,0 +1,1 @@
+tenki sandbox create --snapshot <snapshot-id>

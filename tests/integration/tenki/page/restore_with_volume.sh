@@ -1,0 +1,1 @@
+tenki sandbox create --snapshot <snapshot-id> --volume <volume-id>:/workspace/cache
