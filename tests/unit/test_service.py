@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 
 from stratabox.daemon.hypervisor.housing import HouseError
 from stratabox.daemon.service.activation import Relay
+from stratabox.daemon.service.frames import PREFACE, Frames, Kind, goaway, ping
 from stratabox.daemon.service.notifying import Notifier
 from stratabox.daemon.service.scopes import Scopes, manager_socket
 from stratabox.storage.model.ids import SandboxId
@@ -113,7 +119,7 @@ async def test_connections_are_passed_on(tmp_path: Path) -> None:
     held = await asyncio.open_unix_connection(str(outside))
     held[1].write(b"x")
     assert await held[0].read(1) == b"x"
-    await relay.close()
+    relay.close()
     held[1].write(b"y")
     assert await held[0].read(1) == b"y"  # those that there are go on
     waiting = await asyncio.open_unix_connection(str(outside))
@@ -124,6 +130,89 @@ async def test_connections_are_passed_on(tmp_path: Path) -> None:
     server.close()
     await server.wait_closed()
     assert outside.exists()
+
+
+def test_frames_are_told_however_they_come() -> None:
+    headers = b"\0\0\3\1\0\0\0\0\1abc"  # HEADERS that go on
+    goes_on = b"\0\0\1\x09\4\0\0\0\1d"  # CONTINUATION, the last one
+    data = b"\0\1\4\0\1\x80\0\0\3" + bytes(260)  # DATA, the stream's last; a reserved bit
+    sent = PREFACE + headers + goes_on + ping(b"12345678") + data + goaway()
+    frames = Frames(len(PREFACE))
+    whole = frames.follow(sent)
+    assert [(each.kind, each.stream) for each in whole] == [
+        (Kind.HEADERS, 1), (Kind.PING, 0), (Kind.DATA, 3),
+    ]  # fmt: skip
+    assert [each.opens for each in whole] == [True, False, False]
+    assert [each.closes for each in whole] == [False, False, True]
+    assert whole[1].payload == b"12345678"
+    assert frames.gap == len(PREFACE + headers + goes_on)
+    assert frames.lets_others_in
+    for size in (1, 2, 7, 9, 100, 200):
+        frames = Frames(len(PREFACE))
+        assert not frames.lets_others_in
+        found, gaps = [], []
+        for at in range(0, len(sent), size):
+            found += frames.follow(sent[at : at + size])
+            gaps += [] if frames.gap is None else [at + frames.gap]
+        assert found == whole
+        assert frames.lets_others_in
+        assert size != 1 or gaps == [
+            len(PREFACE) + 22, len(PREFACE) + 39, len(sent) - 17, len(sent),
+        ]  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def slow_api(path: Path) -> AsyncIterator[asyncio.Event]:
+    """gRPC's server with one method, which answers once the event is set."""
+    go_on = asyncio.Event()
+
+    async def answer(request: bytes, context: object) -> bytes:
+        await go_on.wait()
+        return request
+
+    server = grpc.aio.server()
+    method: Any = grpc.unary_unary_rpc_method_handler(answer)
+    handler = grpc.method_handlers_generic_handler("a.Service", {"Method": method})
+    server.add_generic_rpc_handlers((handler,))
+    server.add_insecure_port(f"unix:{path}")
+    await server.start()
+    try:
+        yield go_on
+    finally:
+        await server.stop(None)
+
+
+async def test_clients_are_let_go(tmp_path: Path) -> None:
+    """What they have begun is waited for; their next call is the next relay's; who is mute, not."""
+    outside = tmp_path / "out"
+    with socket.socket(socket.AF_UNIX) as held, socket.socket(socket.AF_UNIX) as mute:
+        held.bind(str(outside))
+        held.listen()
+        async with (
+            slow_api(tmp_path / "one") as one,
+            slow_api(tmp_path / "two") as two,
+            grpc.aio.insecure_channel(f"unix:{outside}") as channel,
+        ):
+            method: Any = channel.unary_unary("/a.Service/Method")
+            first = Relay(held.dup(), tmp_path / "one")
+            first.start()
+            mute.connect(str(outside))
+            begun = asyncio.ensure_future(method(b"begun", wait_for_ready=True))
+            await channel.channel_ready()
+            first.close()
+            finishing = asyncio.create_task(first.finish())
+            assert not (await asyncio.wait((finishing, begun), timeout=3))[0]
+            late = asyncio.ensure_future(method(b"late"))
+            one.set()
+            assert await begun == b"begun"
+            await asyncio.wait_for(finishing, 10)
+            assert not late.done()
+            await first.stop()
+            second = Relay(held.dup(), tmp_path / "two")
+            second.start()
+            two.set()
+            assert await asyncio.wait_for(late, 30) == b"late"
+            await second.stop()
 
 
 async def test_without_an_api_connections_end(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ from stratabox.daemon.lifecycle.chains.jobs import Jobs
 from stratabox.daemon.lifecycle.chains.opening import Opening
 from stratabox.daemon.lifecycle.clones import Clones
 from stratabox.daemon.lifecycle.common.once import Flights
-from stratabox.daemon.lifecycle.common.threads import in_thread
+from stratabox.daemon.lifecycle.common.threads import in_thread, together
 from stratabox.daemon.lifecycle.images import Images
 from stratabox.daemon.lifecycle.inside.callers import Callers
 from stratabox.daemon.lifecycle.inside.commands import Commands
@@ -254,19 +255,20 @@ async def running(
             ),
             others=[tenki_services(tenki)],
         )
+        stops: list[Callable[[], Awaitable[None]]] = [partial(server.stop, GRACE)]
         await server.start()
-        stack.push_async_callback(server.stop, GRACE)
+        stack.push_async_callback(together, stops)  # whose calls have the same time to end
         if config.rest:
             rest = _rest(config, world, guests, sandboxes, snapshots, clones, gate, certificates)
-            stack.push_async_callback(rest.stop)
+            stops.append(rest.stop)
             await rest.start()
         if config.previews:
             door = _door(config.previews, world, visits, exports, links, certificates)
-            stack.push_async_callback(door.stop)
+            stops.append(door.stop)
             await door.start()
         if config.metrics:
             shown, figures = _metrics(config, world, gate, certificates)
-            stack.push_async_callback(shown.stop)
+            stops.append(shown.stop)
             await shown.start()
             following = figures.follow(world.bus)
             await stack.enter_async_context(_in_background("figures", following))

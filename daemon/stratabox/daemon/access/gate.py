@@ -16,7 +16,8 @@ with gate.call(principal, method, peer) as call:  counted, and in the audit log 
 A door says first which request it is about (``request_ids``).
 
 A key that is revoked, or whose time is up, while its calls are under way ends them within about a
-second: the task of each is cancelled, after `call.ended` has got the error to answer with.
+second: `call.tell` answers with why, and the task is cancelled, which may then take its time to
+undo what it had begun. So are those that are not over when the daemon has to end.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from datetime import UTC, datetime
 from stratabox.daemon.access import request_ids, roles
 from stratabox.daemon.access.audit import AuditLog
 from stratabox.daemon.access.credentials import Credentials, invalid
+from stratabox.daemon.access.ending import broken_off
 from stratabox.daemon.access.keyring import Keyring
 from stratabox.daemon.access.keys import parse_token
 from stratabox.daemon.access.limits import Bucket, Limiter
@@ -43,6 +45,7 @@ from stratabox.storage.model.errors import (
     ForbiddenError,
     StrataboxError,
     UnauthenticatedError,
+    UnavailableError,
 )
 from stratabox.storage.model.workspaces import DEFAULT_WORKSPACE, acting, not_found
 
@@ -116,6 +119,13 @@ class Call:
     ended: StrataboxError | None = None
     """Why its task was cancelled, where that was the gate's doing."""
     task: asyncio.Task[object] | None = None
+    tell: Callable[[StrataboxError], None] | None = None
+    """Answers at once with `ended`; None: the task does that when it is cancelled."""
+
+    @property
+    def ended_as(self) -> str:
+        """The status code's name of `ended`."""
+        return "UNAVAILABLE" if isinstance(self.ended, UnavailableError) else "UNAUTHENTICATED"
 
 
 _under_way: ContextVar[Call | None] = ContextVar("call", default=None)
@@ -269,7 +279,7 @@ class Gate:
         try:
             yield call
         except asyncio.CancelledError:
-            call.result = "CANCELLED" if call.ended is None else "UNAUTHENTICATED"
+            call.result = "CANCELLED" if call.ended is None else call.ended_as
             raise
         except BaseException:
             if call.result == "OK":
@@ -310,9 +320,19 @@ class Gate:
                 continue
             if key not in verdicts:
                 verdicts[key] = self._verdict(key)
-            if verdicts[key] is not None and call.task is not None:
-                call.ended = verdicts[key]
-                call.task.cancel()
+            if (verdict := verdicts[key]) is not None:
+                _end(call, verdict)
+
+    async def over(self) -> None:
+        """Wait until no call is under way."""
+        while tasks := {call.task for call in self._open if call.task is not None}:
+            await asyncio.wait(tasks)
+
+    def end_all(self) -> None:
+        """End the calls under way, as the daemon has to end."""
+        for call in list(self._open):
+            if call.ended is None:
+                _end(call, broken_off())
 
     async def write_uses(self) -> None:
         """Write down when keys were last used.
@@ -361,6 +381,15 @@ class Gate:
                 reason="KEY_EXPIRED",
                 why=f"expired key:{key.id}",
             )
+
+
+def _end(call: Call, why: StrataboxError) -> None:
+    if call.task is None:
+        return
+    call.ended, call.reason = why, why.reason
+    if call.tell is not None:
+        call.tell(why)
+    call.task.cancel()
 
 
 def _invalid(why: str, key: str | None = None) -> UnauthenticatedError:

@@ -7,10 +7,9 @@ cancel, with `gate.current` telling who it works for.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -19,7 +18,9 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from stratabox.daemon.access import request_ids, roles
+from stratabox.daemon.access.ending import not_begun
 from stratabox.daemon.access.gate import WORKSPACE_HEADER, Call, Gate, Principal
+from stratabox.daemon.lifecycle.common.threads import Tasks
 from stratabox.daemon.rpc.errors import leaving, status_of
 from stratabox.storage.model.errors import StrataboxError
 
@@ -43,6 +44,12 @@ class Door(grpc.aio.ServerInterceptor):
     def __init__(self, gate: Gate, *, local: bool) -> None:
         self._gate = gate
         self._local = local
+        self._closed = False
+        self._telling = Tasks()
+
+    def close(self) -> None:
+        """Let nobody in any more, as the daemon ends: DAEMON_ENDING. Who is in goes on."""
+        self._closed = True
 
     async def intercept_service(
         self,
@@ -55,6 +62,8 @@ class Door(grpc.aio.ServerInterceptor):
         # This task is the call's own, from here to its end.
         request_ids.current.set(request_ids.chosen(metadata.get(request_ids.HEADER)))
         principal: Principal | None = None
+        if self._closed and method not in roles.OPEN:
+            return self._refusal(not_begun(), principal, method)
         try:
             workspace = _text(metadata.get(WORKSPACE_HEADER))
             if self._local:
@@ -97,6 +106,8 @@ class Door(grpc.aio.ServerInterceptor):
             context.set_trailing_metadata(((request_ids.HEADER, request_ids.current.get()),))
             try:
                 with self._gate.call(principal, method, context.peer(), long=long) as call:
+                    request_id = request_ids.current.get()
+                    call.tell = lambda why: self._tell(context, why, request_id)
                     if kind.request_streaming:
                         request = _noting(request, call)
                     else:
@@ -119,6 +130,14 @@ class Door(grpc.aio.ServerInterceptor):
         )
         return made
 
+    def _tell(self, context: _Context, why: StrataboxError, request_id: str) -> None:
+        async def tell() -> None:
+            request_ids.current.set(request_id)
+            with suppress(grpc.aio.AbortError, grpc.aio.UsageError):  # or it was answered just now
+                await context.abort_with_status(leaving(status_of(why)))
+
+        self._telling.spawn(tell(), "tell why")
+
 
 async def _run(
     behaviour: Callable[[Any, Any], Any], request: Any, context: _Context, call: Call
@@ -131,14 +150,6 @@ async def _run(
                     await context.write(message)
             return None
         return await behaviour(request, context)
-    except asyncio.CancelledError:
-        if call.ended is None:
-            raise
-        task = asyncio.current_task()
-        assert task is not None
-        task.uncancel()
-        call.result, call.reason = "UNAUTHENTICATED", call.ended.reason
-        await context.abort_with_status(leaving(status_of(call.ended)))
     except grpc.aio.AbortError:
         call.result = _code(context)
         raise

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 
 import grpc
@@ -90,6 +90,10 @@ _SIGN_SECONDS = 20.0
 """How long a client may take for a sign of life, at most."""
 _PING_SECONDS = 10.0
 """More often than this no client may ask for one of ours, as a rule."""
+_FAREWELL_SECONDS = 10.0
+"""For calls that were ended: to undo what they had begun, and to answer."""
+_LAST_SECONDS = 1.0
+"""For what is left when no call is under way: refusals."""
 
 
 class Server:
@@ -130,15 +134,17 @@ class Server:
             self._relay = Relay(activated, _beside(config.address.path))
         self._health = health.aio.HealthServicer()
         # One for each side of the door, so that no call can be taken for one of the other side.
+        self._gate = gate
+        self._local_door, self._remote_door = Door(gate, local=True), Door(gate, local=False)
         self._local = (
-            grpc.aio.server(options=_OPTIONS, interceptors=[Door(gate, local=True)])
+            grpc.aio.server(options=_OPTIONS, interceptors=[self._local_door])
             if isinstance(config.address, UnixAddress)
             else None
         )
         self._remote = (
             grpc.aio.server(
                 options=(*_OPTIONS, *_keepalive(config.keepalive)),
-                interceptors=[Door(gate, local=False)],
+                interceptors=[self._remote_door],
             )
             if config.ports
             else None
@@ -213,17 +219,36 @@ class Server:
         log.info("listening on %s", ", ".join(map(str, (*local, *self._config.ports))))
 
     async def stop(self, grace: float) -> None:
-        """Take no more calls; those under way get `grace` seconds, then they are cancelled."""
+        """Take no more calls; those under way get `grace` seconds, then they are ended.
+
+        Who hears of it is told DAEMON_ENDING. By a socket that systemd holds nobody need hear:
+        calls that come to it now are the next daemon's, and those by connections that are there are
+        answered until their clients know. By other addresses calls are refused from now on.
+        """
         await self._health.enter_graceful_shutdown()
-        if self._relay is not None:
-            await self._relay.close()
-        await asyncio.gather(*(server.stop(grace) for server in self._servers))
+        self._remote_door.close()
+        if self._relay is None:
+            self._local_door.close()
+        else:
+            self._relay.close()
+        if not await _within(grace, self._finish()):
+            self._gate.end_all()
+            await _within(_FAREWELL_SECONDS, self._finish())
+        self._local_door.close()
+        # gRPC drops what comes from here on, and what could not be undone in time.
+        await asyncio.gather(*(server.stop(_LAST_SECONDS) for server in self._servers))
         if isinstance(self._config.address, UnixAddress):
             path = self._config.address.path
             if self._relay is not None:
                 await self._relay.stop()
                 path = _beside(path)
             await in_thread(path.unlink, missing_ok=True)
+
+    async def _finish(self) -> None:
+        """Wait until no call is under way, nor on its way here by the relay."""
+        if self._relay is not None:
+            await self._relay.finish()
+        await self._gate.over()
 
     def _bind_port(self, address: TcpAddress) -> None:
         assert self._remote is not None
@@ -249,6 +274,16 @@ class Server:
         path.chmod(mode)
         if group:
             shutil.chown(path, group=group)
+
+
+async def _within(seconds: float, work: Awaitable[None]) -> bool:
+    """Whether it came to its end in time; else it is cancelled."""
+    try:
+        async with asyncio.timeout(seconds):
+            await work
+    except TimeoutError:
+        return False
+    return True
 
 
 def _beside(path: Path) -> Path:

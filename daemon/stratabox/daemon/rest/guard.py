@@ -21,13 +21,14 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stratabox.daemon.access import request_ids
+from stratabox.daemon.access.ending import broken_off
 from stratabox.daemon.access.gate import WORKSPACE_HEADER, Gate, Principal
 from stratabox.daemon.access.gate import Call as GateCall
 from stratabox.daemon.lifecycle.common.threads import settle
 from stratabox.daemon.rest import errors
 from stratabox.daemon.rest.app import KEY_HEADER, OPEN_PATHS, Application
 from stratabox.daemon.rest.errors import RefusedError
-from stratabox.storage.model.errors import ConflictError, StrataboxError, UnavailableError
+from stratabox.storage.model.errors import ConflictError, StrataboxError
 
 LARGEST_BODY = 1 << 20
 """Bytes. The largest command and environment that Linux takes fit in it several times."""
@@ -89,21 +90,19 @@ class Guard:
     ) -> None:
         """Answer a call that is let in; its record says what came of it."""
         try:
-            await self._run(scope, incoming, answer)
+            await self._run(scope, incoming, answer, noted)
         except RefusedError as error:
             await incoming.drain()
             await answer.fail(error)
         except asyncio.CancelledError:
-            why = noted.ended or UnavailableError(
-                "the daemon is ending: what was begun is undone; ask again", reason="ENDING"
-            )
-            if answer.status is None:
-                await answer.fail(why)
+            await _tell(answer, noted)
             raise
         finally:
             noted.result = answer.result
 
-    async def _run(self, scope: Scope, incoming: _Incoming, answer: _Answer) -> None:
+    async def _run(
+        self, scope: Scope, incoming: _Incoming, answer: _Answer, noted: GateCall | None = None
+    ) -> None:
         """Have the application answer, for as long as the caller is there.
 
         :raise StrataboxError: as ``_Incoming.body``.
@@ -118,6 +117,10 @@ class Guard:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 work.cancel()
+        except asyncio.CancelledError:
+            work.cancel()
+            await _tell(answer, noted)  # now: to undo what was begun may take long
+            raise
         finally:
             work.cancel()
             gone.cancel()
@@ -234,6 +237,12 @@ class _Replay:
             return {"type": "http.request", "body": body, "more_body": False}
         await asyncio.wait((self._gone,))
         return {"type": "http.disconnect"}
+
+
+async def _tell(answer: _Answer, noted: GateCall | None) -> None:
+    """Say why a call is ended by this side, where its answer has not begun."""
+    if answer.status is None:
+        await answer.fail((noted and noted.ended) or broken_off())
 
 
 async def _quietly(app: ASGIApp, scope: Scope, receive: Receive, answer: _Answer) -> None:

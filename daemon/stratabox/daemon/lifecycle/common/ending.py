@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, TypeVar
 
+from stratabox.daemon.access.ending import watch_again
 from stratabox.daemon.lifecycle.common.events import Bus
-from stratabox.storage.model.errors import UnavailableError
 
 T = TypeVar("T")
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 async def until_end(bus: Bus, source: AsyncGenerator[T, None]) -> AsyncIterator[T]:
     """All of `source`, which is closed at the end, whichever comes first.
 
-    :raise UnavailableError: DAEMON_ENDING.
+    :raise DaemonEndingError: when the daemon ends.
     """
     over = asyncio.ensure_future(bus.over.wait())
     try:
@@ -25,9 +25,7 @@ async def until_end(bus: Bus, source: AsyncGenerator[T, None]) -> AsyncIterator[
             try:
                 await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if not coming.done():
-                    raise UnavailableError(
-                        "the daemon is ending: watch again when it is back", reason="DAEMON_ENDING"
-                    )
+                    raise watch_again()
             finally:
                 coming.cancel()
                 await asyncio.wait({coming})

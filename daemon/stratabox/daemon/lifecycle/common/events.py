@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 from enum import StrEnum
 
 from stratabox.daemon.access import request_ids
-from stratabox.storage.model.errors import ConflictError, UnavailableError
+from stratabox.daemon.access.ending import watch_again
+from stratabox.storage.model.errors import ConflictError
 from stratabox.storage.model.records import Image, Job, Sandbox, Snapshot, Volume
 from stratabox.storage.model.workspaces import acting
 
@@ -72,7 +73,7 @@ class Subscription:
         """All events, as they come.
 
         :raise ConflictError: WATCH_BEHIND, when the watcher was too slow and has missed some.
-        :raise UnavailableError: DAEMON_ENDING.
+        :raise DaemonEndingError: when the daemon ends.
         """
         while True:
             if self._behind and self._queue.empty():
@@ -82,9 +83,7 @@ class Subscription:
                 )
             event = await self._queue.get()
             if event is None:
-                raise UnavailableError(
-                    "the daemon is ending: watch again when it is back", reason="DAEMON_ENDING"
-                )
+                raise watch_again()
             yield event
 
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -62,6 +62,13 @@ async def in_executor(executor: Executor, function: Callable[[], T]) -> T:
 def be_nice() -> None:
     """Lower this thread's priority, and so that of the threads that it starts (Linux)."""
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+
+
+async def together(works: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    """Do all of them at once, to their ends; raises what the first that fails has raised."""
+    for done in await asyncio.gather(*(work() for work in works), return_exceptions=True):
+        if done is not None:
+            raise done
 
 
 class Tasks:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from stratabox.daemon.access.ending import watch_again
 from stratabox.daemon.lifecycle.common.events import Bus, Event, Happening, Record
-from stratabox.storage.model.errors import ConflictError, UnavailableError
+from stratabox.storage.model.errors import ConflictError
 from stratabox.storage.model.records import Image, Job, Sandbox, Snapshot
 from stratabox.storage.model.workspaces import acting
 
@@ -72,7 +73,7 @@ class Chronicle:
         :param subjects: none: all.
         :param since: None: with `follow` only those to come.
         :raise ConflictError: WATCH_BEHIND, when the reader is too slow and has missed some.
-        :raise UnavailableError: DAEMON_ENDING.
+        :raise DaemonEndingError: when the daemon ends.
         """
         mine = acting.get()
         seen = self._number if follow and since is None else 0
@@ -99,9 +100,7 @@ class Chronicle:
             if self._number > seen:
                 continue  # while they were read
             if self._bus.over.is_set():
-                raise UnavailableError(
-                    "the daemon is ending: watch again when it is back", reason="DAEMON_ENDING"
-                )
+                raise watch_again()
             await _either(more, self._bus.over)
 
     def _note(self, event: Event) -> None:

@@ -29,7 +29,8 @@ async def follow(world: World, guest: Guest, *, from_log: bool) -> AsyncIterator
 
     :param from_log: all that is kept comes first, without a gap.
     :raise DeniedError: INVALID_STATE, when it has no process.
-    :raise UnavailableError: CONSOLE_UNAVAILABLE; DAEMON_ENDING.
+    :raise UnavailableError: CONSOLE_UNAVAILABLE.
+    :raise DaemonEndingError: when the daemon ends.
     """
     console = _require(guest)
     heard = console.follow(from_log=from_log)
