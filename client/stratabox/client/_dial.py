@@ -287,6 +287,6 @@ def _closed() -> StrataboxError:
 
 def _unpacked(error: grpc.RpcError, address: str) -> StrataboxError:
     call: Any = error
-    if call.code() is grpc.StatusCode.CANCELLED:
+    if call.code() is grpc.StatusCode.CANCELLED and not _wire.is_dropped(call):
         return _closed()
     return _wire.unpack(error, address)

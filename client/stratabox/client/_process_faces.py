@@ -265,6 +265,6 @@ def _understood(message: pb.ExecOutput | None) -> Printed | ProcessEnd | pb.Exec
 
 def _unpacked(error: grpc.RpcError, address: str) -> StrataboxError:
     call: Any = error
-    if call.code() is grpc.StatusCode.CANCELLED:
+    if call.code() is grpc.StatusCode.CANCELLED and not _wire.is_dropped(call):
         return ConnectionLostError("the command was closed")
     return _wire.unpack(error, address)

@@ -44,6 +44,10 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.enable_http_proxy", 0),
 ]
 
+_OWN_ENDS = ("Locally cancelled", "Channel closed")
+_BREAKS = ("Socket closed", "reset by peer", "Cancelling all calls", "CANCELLED")
+"""What gRPC says of calls that were under way."""
+
 _BY_CODE: dict[grpc.StatusCode, type[StrataboxError]] = {
     grpc.StatusCode.NOT_FOUND: errors.NotFoundError,
     grpc.StatusCode.ALREADY_EXISTS: errors.AlreadyExistsError,
@@ -104,7 +108,7 @@ def unpack(error: grpc.RpcError, address: str) -> StrataboxError:
         if isinstance(made, RateLimitedError) and wait.ListFields():
             made.retry_after = wait.retry_delay.ToMilliseconds() / 1000
         return made
-    if code is grpc.StatusCode.UNAVAILABLE:
+    if code is grpc.StatusCode.UNAVAILABLE or is_dropped(call):
         return errors.DaemonUnavailableError(_unreachable(details, address), address=address)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return errors.DeadlineExceededError("the time for this call was up")
@@ -114,6 +118,15 @@ def unpack(error: grpc.RpcError, address: str) -> StrataboxError:
         # Without ErrorInfo it is gRPC itself that speaks: a message is larger than the limit.
         return StrataboxError(details, reason=code.name)
     return _BY_CODE.get(code, StrataboxError)(details, reason=code.name)
+
+
+def is_dropped(call: Any) -> bool:
+    """Whether the daemon's gRPC has let go of the call without a word, as at its end.
+
+    What this side cancels has the same code, and a text that says so.
+    """
+    details: str = call.details() or ""
+    return call.code() is grpc.StatusCode.CANCELLED and not details.startswith(_OWN_ENDS)
 
 
 def _find_details(call: Any, info: ErrorInfo, wait: RetryInfo) -> bool:
@@ -132,6 +145,6 @@ def _find_details(call: Any, info: ErrorInfo, wait: RetryInfo) -> bool:
 def _unreachable(details: str, address: str) -> str:
     if "Permission denied" in details:
         return f"no permission to speak to the daemon at {address}"
-    if "Socket closed" in details or "reset by peer" in details:
+    if any(word in details for word in _BREAKS):
         return f"the daemon at {address} went away in the middle of the call"
     return f"no daemon answers at {address}; start one with: stratabox daemon"

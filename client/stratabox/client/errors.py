@@ -22,7 +22,7 @@ StrataboxError
 ├── NoSpaceError           AdmissionRefusedError, BudgetExceededError, StoreNearlyFullError
 ├── UnavailableError       AgentUnavailableError, MonitorUnavailableError,
 │                          LibvirtUnavailableError, DaemonUnavailableError,
-│                          ConnectionLostError
+│                          DaemonEndingError, ConnectionLostError
 ├── CorruptError
 ├── DeadlineExceededError
 ├── UnsupportedError
@@ -362,6 +362,21 @@ class DaemonUnavailableError(UnavailableError):
     def __init__(self, message: str, *, address: str) -> None:
         super().__init__(message, metadata={"address": address})
         self.address = address
+
+
+class DaemonEndingError(UnavailableError):
+    """The daemon was told to end, by a restart say, and the call was not over in time.
+
+    What it had begun is broken off and undone, or goes on to its end: when the daemon is back, look
+    what has come of it, or ask again with the same idempotency key.
+    """
+
+    default_reason = "DAEMON_ENDING"
+
+    @property
+    def begun(self) -> bool:
+        """False: it came too late, and may be asked again as it is."""
+        return self.metadata.get("begun") != "no"
 
 
 class CorruptError(StrataboxError):

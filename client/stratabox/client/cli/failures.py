@@ -26,6 +26,7 @@ _CODES: tuple[tuple[type[StrataboxError], int], ...] = (
     (access_errors.UnauthenticatedError, DENIED),
     (access_errors.ForbiddenError, DENIED),
     (errors.DaemonUnavailableError, UNREACHABLE),
+    (errors.DaemonEndingError, UNREACHABLE),
     (errors.DeadlineExceededError, TIMED_OUT),
 )
 
