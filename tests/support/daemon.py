@@ -7,6 +7,7 @@ import os
 import re
 import select
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -25,6 +26,13 @@ LAUNCHER: dict[str, str] = {}
 """Settings of every daemon here, by which another launcher than the usual one is used."""
 
 _START_SECONDS = 60
+_HAND_OVER = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Does what systemd does before it becomes a daemon that a socket is handed to."""
 _NAME = re.compile(rb"guest=stratabox-([0-9a-f-]{36})-([0-9a-f-]{36})")
 
 
@@ -34,6 +42,7 @@ class DaemonProcess:
     `start`, `stop` and `kill` as often as a test likes: guests outlive all of them.
 
     :param wrapper: a program, and its first arguments, that becomes the daemon: setpriv(1).
+    :param handed: a listening socket at the API's path, which it gets as from systemd.
     """
 
     def __init__(
@@ -41,9 +50,13 @@ class DaemonProcess:
         folder: Path,
         environment: Mapping[str, str] | None = None,
         wrapper: Sequence[str] = (),
+        handed: socket.socket | None = None,
     ) -> None:
         self.folder = folder
         self.wrapper = wrapper
+        self._handed = handed
+        if handed is not None:
+            self.wrapper = (*wrapper, sys.executable, "-c", _HAND_OVER, str(handed.fileno()))
         self.state = folder / "state"
         self.log = folder / "daemon.log"
         self.address = f"unix://{folder}/api.sock"
@@ -74,6 +87,7 @@ class DaemonProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
+                pass_fds=() if self._handed is None else (self._handed.fileno(),),
             )
         deadline = time.monotonic() + _START_SECONDS
         while True:
@@ -213,6 +227,21 @@ def daemon(
         yield process
     finally:
         process.wipe()
+
+
+@contextlib.contextmanager
+def activated(
+    folder: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[DaemonProcess]:
+    """As `daemon`, but the API's socket is held by somebody else, as by systemd."""
+    with socket.socket(socket.AF_UNIX) as held:
+        held.bind(str(folder / "api.sock"))
+        held.listen(128)
+        process = DaemonProcess(folder, environment, handed=held)
+        try:
+            yield process
+        finally:
+            process.wipe()
 
 
 @contextlib.contextmanager
