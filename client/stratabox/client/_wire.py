@@ -45,6 +45,7 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
 ]
 
 _OWN_ENDS = ("Locally cancelled", "Channel closed")
+"""What gRPC says of calls that this side has cancelled."""
 _BREAKS = ("Socket closed", "reset by peer", "Cancelling all calls", "CANCELLED")
 """What gRPC says of calls that were under way."""
 
@@ -126,7 +127,8 @@ def is_dropped(call: Any) -> bool:
     What this side cancels has the same code, and a text that says so.
     """
     details: str = call.details() or ""
-    return call.code() is grpc.StatusCode.CANCELLED and not details.startswith(_OWN_ENDS)
+    own = any(words in details for words in _OWN_ENDS)
+    return call.code() is grpc.StatusCode.CANCELLED and not own
 
 
 def _find_details(call: Any, info: ErrorInfo, wait: RetryInfo) -> bool:

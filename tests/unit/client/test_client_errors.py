@@ -25,6 +25,7 @@ CODE = grpc.StatusCode
         (CODE.ABORTED, "INTERRUPTED", sdk.InterruptedOperationError),
         (CODE.RESOURCE_EXHAUSTED, "UIDS_EXHAUSTED", sdk.NoSpaceError),
         (CODE.UNAVAILABLE, "AGENT_UNAVAILABLE", sdk.AgentUnavailableError),
+        (CODE.UNAVAILABLE, "DAEMON_ENDING", sdk.DaemonEndingError),
         (CODE.DATA_LOSS, "LAYER_MISSING", sdk.CorruptError),
         (CODE.INTERNAL, "INTERNAL", sdk.InternalError),
         (CODE.UNIMPLEMENTED, None, sdk.UnsupportedError),
@@ -69,6 +70,32 @@ def test_errors_of_streams(daemon: Any, client: Client, make: Any) -> None:
         next(client.sandboxes.watch())
     with pytest.raises(sdk.SandboxNotFoundError):
         client.images.build_tiny()
+
+
+def test_a_daemon_that_ends(daemon: Any, client: Client, make: Any) -> None:
+    """What its gRPC says, where the daemon itself could not."""
+    daemon.answers |= {
+        "GetSandbox": make.refusal(CODE.CANCELLED, None, message="CANCELLED"),
+        "WatchSnapshots": [make.snapshot_event(1), ...],
+    }
+    with pytest.raises(sdk.DaemonUnavailableError, match="in the middle of the call"):
+        client.sandboxes.get("x")
+    watch = client.snapshots.watch()
+    next(watch)
+    daemon.server.stop(None)
+    with pytest.raises(sdk.DaemonUnavailableError, match="in the middle of the call"):
+        next(watch)
+
+
+def test_a_client_that_is_closed(daemon: Any, make: Any) -> None:
+    daemon.answers["WatchSnapshots"] = [make.snapshot_event(1), ...]
+    client = Client(daemon.address)
+    watch = client.snapshots.watch()
+    next(watch)
+    client.close()
+    with pytest.raises(sdk.StrataboxError) as caught:
+        next(watch)
+    assert caught.value.reason == "CANCELLED"
 
 
 def test_nobody_there(tmp_path: Path) -> None:
