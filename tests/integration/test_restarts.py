@@ -191,6 +191,7 @@ def test_long_calls_are_told(place: Place) -> None:
     with (
         Client(place.url, api_key=place.key) as by_tcp,
         Client(place.url, api_key=place.key) as late,
+        Client(place.process.address) as anew,
         ThreadPoolExecutor(8) as threads,
     ):
         sleep = "touch /root/{}; sleep 60"
@@ -211,8 +212,8 @@ def test_long_calls_are_told(place: Place) -> None:
         ends = place.process.log.read_text().count("ending; guests run on")
         stopping = threads.submit(place.process.stop)
         eventually(lambda: place.process.log.read_text().count("ending; guests run on") > ends)
-        waiting = threads.submit(client.host)
         assert not refused(late).begun
+        waiting = threads.submit(anew.host)  # by a connection that nobody has taken
         assert not any(call.done() for call in calls.values())
         told = {name: call.exception(30) for name, call in calls.items()}
         for name, error in told.items():
