@@ -173,8 +173,14 @@ def test_a_layer_under_two_disks_is_one_node() -> None:
 def test_no_text_breaks_out_of_its_value() -> None:
     spec = make_spec([layer()])
     arguments = command_line.build(spec, "name", NamedFiles())
-    assert values(arguments, "-append") == [NASTY]
+    assert values(arguments, "-append") == [f"{NASTY} no_timer_check"]
     assert devices(arguments)["disk0"]["serial"] == "serial,0"
+
+
+def test_only_an_emulated_cpu_is_not_timed() -> None:
+    spec = make_spec([layer()])
+    spec = replace(spec, machine=replace(spec.machine, accelerator="kvm"))
+    assert values(command_line.build(spec, "name", NamedFiles()), "-append") == [NASTY]
 
 
 def test_a_guest_that_boots_by_itself_gets_no_kernel() -> None:
