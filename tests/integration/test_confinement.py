@@ -229,6 +229,16 @@ def test_this_host_has_them_all() -> None:
     assert bool(found.why) == (found.walls is not Walls.FULL or not confinement.landlock_version())
 
 
+def test_the_daemons_umask_is_none_of_the_walls() -> None:
+    """Root's folders within them are to be entered by QEMU's user; a unit may say UMask=0077."""
+    as_usual = confinement.examine(Path(QEMU).resolve())
+    before = os.umask(0o077)
+    try:
+        assert confinement.examine(Path(QEMU).resolve()) == as_usual
+    finally:
+        os.umask(before)
+
+
 def test_a_program_that_does_not_run_in_there_is_none_to_confine(tmp_path: Path) -> None:
     wrapper = tmp_path / "qemu"
     wrapper.write_text("#!/no/such/shell\n")

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 PROGRAM = Path(__file__).with_name("confine.1")
 _TRY_SECONDS = 20.0
+_NOBODY = 65534
+"""Guests of root's daemon have users that own nothing, either."""
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _SYS_LANDLOCK_CREATE_RULESET = 444  # x86-64
 
@@ -226,7 +228,7 @@ def _try(confinement: Confinement, qemu: Path) -> str:
         command = confinement.command(
             [str(qemu), "--version"],
             report=report[1],
-            uid=None,
+            uid=_NOBODY if os.geteuid() == 0 else None,
             reopened=Reopened(folders={}, files=[]),
         )
         try:

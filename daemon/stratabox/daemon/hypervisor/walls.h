@@ -408,8 +408,12 @@ static void change_places(long user, long group)
 {
 	if (spaces & CLONE_NEWUSER)
 		map_user(user, group);
-	if (spaces & CLONE_NEWNS)
+	if (spaces & CLONE_NEWNS) {
+		/* QEMU's user enters what root makes here, whatever root's umask. */
+		long mask = call(SYS_umask, 022);
 		change_root();
+		call(SYS_umask, mask);
+	}
 }
 
 /* From here on it can become nothing but less. */
