@@ -84,7 +84,7 @@ def _sandbox(
         reason = f"{LOST}a file of its saved memory is gone; stop it, and start it from its disks"
     elif reason.startswith(LOST):
         state = SandboxState.STOPPED if state is SandboxState.FAILED else state
-        reason = BACK
+        reason = "" if state is SandboxState.RUNNING else BACK
     if not sandbox.state.is_over and (state, reason) != (sandbox.state, sandbox.state_reason):
         yield sandboxes.change(tx, sandbox.id, state=state, state_reason=reason)
 
