@@ -31,6 +31,7 @@ from stratabox.daemon.hypervisor.limits import GroupLimits, scope_properties
 from stratabox.storage.model.ids import SandboxId
 
 SLICE = "stratabox.slice"
+_DAEMON = "strataboxd.service"
 _SECONDS = 15.0
 _LARGEST = 1 << 20
 """Bytes of an answer."""
@@ -79,6 +80,9 @@ class Scopes:
             ("PIDs", ("au", [pid])),
             ("Slice", ("s", SLICE)),
             ("CollectMode", ("s", "inactive-or-failed")),
+            # Units end in the reverse order: when the host goes down, the daemon ends first, and
+            # does not take what happens to its guests then for failures of theirs.
+            ("Before", ("as", [_DAEMON])),
             *(scope_properties(limits, str(self._place)) if limits is not None else ()),
         ]
         auxiliary: list[object] = []
