@@ -18,7 +18,10 @@ import pytest
 from installed import package
 
 _CHECKS = Path(__file__).with_name("checks")
-ORDER = ("installing", "faults", "exposure")
+ORDER = (
+    *("housing", "reboots", "removing", "upgrades", "users", "building"),
+    *("installing", "faults", "exposure", "limits"),
+)
 """The checks' files."""
 _TEST_SECONDS = 3600
 """For one check, with all that stands before it; on two cores none takes five minutes."""

@@ -1,4 +1,4 @@
-"""The ladder that the checks climb: booted → fresh; each gets a host of its own."""
+"""What the checks start from: see the drawing in `installed`; each has a host of its own."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from installed import outer
+from installed import container, outer
+from installed.container import Container
+from installed.host import Host
 from installed.outer import Outer
 from installed.package import Package
-from installed.stages import Stage
-from stratabox.client import SnapshotLevel
-from support.daemon import DaemonProcess, daemon
+from installed.stages import SEED, Root, Stage
+from stratabox.client import Client, SnapshotLevel
+from support import counting
+from support.daemon import daemon
 
 
 @pytest.fixture(scope="session")
@@ -48,33 +51,96 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """The daemon whose sandboxes are the outer hosts."""
-    with daemon(tmp_path_factory.mktemp("here"), {"STRATABOX_READY_TIMEOUT": "15m"}) as process:
-        yield process
+    settings = {"STRATABOX_READY_TIMEOUT": "15m"}
+    with daemon(tmp_path_factory.mktemp("here"), settings) as process, process.start() as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
 def fresh_stage(
-    here: DaemonProcess,
+    here: Client,
     folder: Path,
     package: Package,
     tell: Callable[[str], None],
-) -> Iterator[Stage]:
-    """The package has been installed a moment ago; nobody has called."""
-    with here.start() as client:
-        host = outer.boot(client, folder, tell)
-        tell("the package is installed")
-        host.sh(f"apt-get install --yes {host.put(package.file)}")
-        snapshot = host.box.snapshot(name="fresh", level=SnapshotLevel.MEMORY)
-        host.box.delete()
-        yield Stage(client=client, snapshot=snapshot, folder=folder)
+) -> Stage:
+    """The package has been installed in an outer host a moment ago; nobody has called."""
+    host = outer.boot(here, folder, tell)
+    tell("the package is installed")
+    host.sh(f"apt-get install --yes {host.put(package.file)}")
+    snapshot = host.box.snapshot(name="fresh", level=SnapshotLevel.MEMORY)
+    host.box.delete()
+    return Stage(client=here, snapshot=snapshot, folder=folder)
 
 
 @pytest.fixture
 def fresh(fresh_stage: Stage) -> Iterator[Outer]:
-    """A host on which the package has just been installed."""
+    """An outer host on which the package has just been installed."""
     with fresh_stage.host() as host:
+        yield host
+
+
+@pytest.fixture(scope="session")
+def seed(here: Client, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An archive of a small guest's memory, in which a process counts (`support.counting`)."""
+    file = tmp_path_factory.mktemp("seed") / "seed.sbx"
+    here.images.build_tiny()
+    box = here.sandboxes.create(image="tiny", memory=128)
+    counting.start(box)
+    snapshot = box.snapshot(name=SEED, level=SnapshotLevel.MEMORY)
+    here.snapshots.export(snapshot.id, file, memory=True)
+    box.delete()
+    here.snapshots.delete(snapshot.id)
+    return file
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory, tell: Callable[[str], None]) -> Root:
+    """A host without the package, with all that it depends on."""
+    tell("a container's root folder")
+    root = tmp_path_factory.mktemp("bare") / "root"
+    container.build_root(root)
+    return Root((root,))
+
+
+@pytest.fixture(scope="session")
+def stocked(
+    bare: Root,
+    package: Package,
+    seed: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    tell: Callable[[str], None],
+) -> Root:
+    """The package is installed, and has a snapshot, `SEED`."""
+    tell("the package is installed in a container")
+    folder = tmp_path_factory.mktemp("stocked") / "host"
+    with bare.host(folder) as host:
+        host.sh(f"apt-get install --yes {host.put(package.file)}")
+        with host.client() as client:
+            client.snapshots.import_file(seed, trust=True)
+        host.power_off()
+    return bare.on_top(host.written)
+
+
+@pytest.fixture
+def lab(stocked: Root, tmp_path: Path) -> Iterator[Container]:
+    """A container with the package and a snapshot; guests run in it."""
+    with stocked.host(tmp_path / "lab") as host:
+        yield host
+
+
+@pytest.fixture
+def bare_lab(bare: Root, tmp_path: Path) -> Iterator[Container]:
+    """A container without the package."""
+    with bare.host(tmp_path / "lab") as host:
+        yield host
+
+
+@pytest.fixture
+def wired_lab(stocked: Root, tmp_path: Path) -> Iterator[Container]:
+    """As `lab`, with this host's network."""
+    with stocked.host(tmp_path / "lab", network=True) as host:
         yield host
 
 
@@ -85,6 +151,6 @@ def pytest_runtest_makereport(
     report = yield
     if report.failed and report.when == "call":
         for made in getattr(item, "funcargs", {}).values():
-            if isinstance(made, Outer):
-                report.sections.append(("the outer host's journal", made.journal()))
+            if isinstance(made, Host):
+                report.sections.append(("the host's journal", made.journal()))
     return report

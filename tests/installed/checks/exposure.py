@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from installed.outer import DAEMON, Outer
+from installed.host import DAEMON
+from installed.outer import Outer
 
 _MOST = 3.0
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from installed.outer import DAEMON, Outer
+from installed.host import DAEMON
+from installed.outer import Outer
 from support.rig import eventually
 
 _WATCHDOG_SECONDS = 60

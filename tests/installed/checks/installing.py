@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from installed.outer import DAEMON, SYSTEM_API, Outer
+from installed.host import DAEMON, SYSTEM_API
+from installed.outer import Outer
 from installed.package import Package
 
 _SLOW_START = 25
