@@ -45,7 +45,11 @@ def daemon_as(wrapper: Sequence[str]) -> Iterator[DaemonProcess]:
         # Built images are locked while they are used, and that takes the right to write.
         asyncio.run(add_tiny(folder / "cache"))
         (folder / "cache").chmod(0o777)
-        environment = {"STRATABOX_BUILD_CACHE": str(folder / "cache"), "HOME": name}
+        environment = {
+            "HOME": name,
+            "STRATABOX_BUILD_CACHE": str(folder / "cache"),
+            "STRATABOX_LIBVIRT_FOLDER": str(folder / "emulator"),  # where libvirt is used
+        }
         with daemon(folder, environment, wrapper if IS_ROOT else ()) as process:
             yield process
 
