@@ -34,8 +34,8 @@ test-libvirt: .venv/.ready-test ## run all tests of guests with libvirt as the l
 test-kvm: .venv/.ready-test ## run the memory engine's tests with accel=kvm, inside an emulated machine
 	@PYTHONPATH=tests $(PYTHON) -m kvm $(KVM_ARGS)
 
-# The package is installed in a guest with systemd. SYSTEMD_ARGS="-k first_call" for some of the checks.
-test-systemd: .venv/.ready-test ## run the units and the Debian package for real, inside a guest
+# The package is installed in guests and containers with systemd. SYSTEMD_ARGS="-k first_call" for some of the checks.
+test-systemd: .venv/.ready-test ## run the units and the Debian package for real, under systemd
 	@PYTHONPATH=tests $(PYTHON) -m installed $(SYSTEMD_ARGS)
 
 # At least MINUTES, and what must be: 200 kills, 30 cuts of power, 200 snapshots one a second. Prints

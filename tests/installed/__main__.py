@@ -6,6 +6,7 @@ Its exit code is pytest's; all arguments are pytest's: names of files, or -k WOR
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,12 @@ _TEST_SECONDS = 3600
 
 def main() -> int:
     signal.signal(signal.SIGTERM, _end)
+    if os.geteuid() != 0:
+        print("test-systemd: containers are root's: run it as root", file=sys.stderr)
+        return 1
+    if shutil.which("systemd-nspawn") is None:
+        print("test-systemd: apt install systemd-container", file=sys.stderr)
+        return 1
     folder = os.environ.get("TMPDIR", "/var/tmp")  # /tmp may be memory
     with tempfile.TemporaryDirectory(prefix="sbx-installed-", dir=folder) as name:
         print("the package", flush=True)

@@ -77,6 +77,6 @@ def test_a_slice_that_is_stopped(lab: Container) -> None:
         lab.sh("systemctl stop stratabox.slice")
         assert scopes(lab) == []
         eventually(lambda: client.sandboxes.get(box.id).state is SandboxState.FAILED)
-        assert "signal" in client.sandboxes.get(box.id).state_reason
+        assert "signal" in str(client.sandboxes.get(box.id).state_reason)
         assert client.sandboxes.start(box.id).execute("cat /kept", timeout=60).stdout == b"kept\n"
         assert client.snapshots.restore(kept.id).execute("cat /kept").stdout == b"kept\n"
