@@ -127,6 +127,7 @@ class Imports:
             record = await settle(self._store(arriving, operation, name))
             await in_thread(shutil.rmtree, arriving.work, ignore_errors=True)
         self._world.bus.publish(Happening.CREATED, record)
+        self._world.chains_changed.set()  # what came may be longer than chains are to be here
         left_out = None
         if packed.ram is not None and not memory:
             left_out = DeniedError(
