@@ -17,6 +17,7 @@ from bench import (
     chains,
     clones,
     execs,
+    existence,
     files,
     launchers,
     pauses,
@@ -51,6 +52,7 @@ MEASUREMENTS: Mapping[str, Measure] = {
     "files": files.both_ways,
     "exec": execs.streams,
     "crowd": execs.crowd,
+    "existence": existence.another_tenants,
 }
 DEFAULT_JSON = Path(__file__).parent / "results" / "latest.json"
 
