@@ -22,7 +22,7 @@ from stratabox.client import (
 from support import disks
 from support.daemon import DaemonProcess
 from support.rig import wait_idle
-from support.stored import Stored, assert_ext4_is_clean, to_raw, wait_until
+from support.stored import Stored, assert_ext4_is_clean, to_raw
 from support.transfers import ENV, MIB, Scene, sh
 
 
@@ -105,13 +105,11 @@ def test_only_what_came_since(clean: Scene) -> None:
     with pytest.raises(MissingBaseError, match="import the snapshot"):
         clean.other.snapshots.import_file(path)
     first = clean.other.snapshots.import_file(clean.whole).snapshot
-    # What nobody names is merged into what stands on it, as soon as something was removed: the
+    # What nobody names is merged into what stands on it, and what is compacted is written anew: the
     # layers are other ones then, and read the same.
-    extra = clean.other.snapshots.import_file(clean.whole).snapshot
     before = clean.there.layers()
-    clean.other.snapshots.delete(extra.id)
-    wait_until(lambda: len(clean.there.layers()) < len(before))
-    wait_idle(clean.there)  # what it stands on is the first one's, unless that is merged just then
+    clean.other.snapshots.compact(first.id)
+    wait_idle(clean.there)
     assert not clean.there.layers() >= before
     second = clean.other.snapshots.import_file(path).snapshot
     assert second.parent_snapshot_id == first.id
@@ -123,22 +121,21 @@ def test_only_what_came_since(clean: Scene) -> None:
 
 def test_what_it_stands_on_is_written_anew_while_it_comes(clean: Scene) -> None:
     path = clean.export(clean.second, "since-memory.sbx", since=clean.first.id, memory=True)
-    clean.other.snapshots.import_file(clean.whole)
-    extra = clean.other.snapshots.import_file(clean.whole, name="extra").snapshot
+    first = clean.other.snapshots.import_file(clean.whole).snapshot
     wait_idle(clean.there)
     before = clean.there.layers()
-    merged = threading.Event()
+    written = threading.Event()
 
-    def merge(done: int, total: int) -> None:
+    def write_anew(done: int, total: int) -> None:
         """In the middle: the daemon knows by then which layers it will stand on."""
-        if done > total // 2 and not merged.is_set():
-            clean.other.snapshots.delete(extra.id)
+        if done > total // 2 and not written.is_set():
+            clean.other.snapshots.compact(first.id)
             # What comes is there by now, too: their number says nothing.
-            wait_until(lambda: not clean.there.layers() >= before)
-            merged.set()
+            assert not clean.there.layers() >= before
+            written.set()
 
-    second = clean.other.snapshots.import_file(path, trust=True, progress=merge).snapshot
-    assert merged.is_set()
+    second = clean.other.snapshots.import_file(path, trust=True, progress=write_anew).snapshot
+    assert written.is_set()
     assert second.consistency is SnapshotLevel.MEMORY
     assert clean.content(clean.there, second.id) == clean.content(clean.here, clean.second.id)
 
