@@ -33,7 +33,6 @@ def another_tenants(bench: Bench) -> Iterator[Figure]:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
     with bench.new_product({"listen": url, **_SETTINGS}) as made:
-        made.client.images.build_tiny()
         for name in ("ann", "bob"):
             made.client.workspaces.create(name)
         with (
