@@ -29,7 +29,8 @@ def compare(new: Path, old: Sequence[Path], go_on: Callable[[], bool], *, on_bas
     """Make sure that `new` is a sound file that holds what the `old` ones do together.
 
     :param old: the topmost first.
-    :param go_on: asked again and again; once it says no, the comparison is given up.
+    :param go_on: asked before each step and again and again in it; once it says no, the
+        comparison is given up.
     :param on_base: they stand on something, so that holes and zeros differ.
     :return: False when it was given up.
     :raise CorruptError: LAYER_CORRUPT, when they differ or `new` is not sound.
@@ -116,6 +117,8 @@ def _spelled(descriptors: Sequence[int]) -> str:
 def _run(
     arguments: Sequence[str], descriptors: Sequence[int], go_on: Callable[[], bool]
 ) -> subprocess.CompletedProcess[bytes] | None:
+    if not go_on():
+        return None
     try:
         process = subprocess.Popen(
             [qemu_img.TOOL, *arguments],
