@@ -347,6 +347,16 @@ async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> Non
         loop.remove_reader(sock)
 
 
+async def has_ended(connection: asyncssh.SSHClientConnection) -> bool:
+    """Whether a connection has ended, when something that was asked by it has just failed.
+
+    asyncssh raises ChannelOpenError both for what a guest refuses and for what it cannot answer any
+    more, and `is_closed` knows of an end only once the event loop has run what was queued for it.
+    """
+    await asyncio.sleep(0)
+    return connection.is_closed()
+
+
 def _seen(task: asyncio.Task[object]) -> None:
     if not task.cancelled() and task.exception() is not None:
         log.debug("%s ended with %r", task.get_name(), task.exception())

@@ -21,7 +21,7 @@ import asyncssh
 from asyncssh.constants import EXTENDED_DATA_STDERR
 
 from stratabox.daemon.hypervisor.guest import channel_setup
-from stratabox.daemon.hypervisor.guest.channel import Channel
+from stratabox.daemon.hypervisor.guest.channel import Channel, has_ended
 from stratabox.daemon.hypervisor.guest.exec_heard import (
     Heard,
     Hearing,
@@ -236,13 +236,14 @@ async def begin(
     try:
         return await _begin(connection, command, sandbox, terminal, job)
     except (asyncssh.Error, OSError) as error:
-        if not connection.is_closed():
-            raise _lost(error) from error
+        if not await has_ended(connection):
+            raise _refused(error) from error
     # The connection had ended without a word, and nothing was asked of the guest yet.
+    connection = await channel.connection()
     try:
-        return await _begin(await channel.connection(), command, sandbox, terminal, job)
+        return await _begin(connection, command, sandbox, terminal, job)
     except (asyncssh.Error, OSError) as error:
-        raise _lost(error) from error
+        raise (_lost if await has_ended(connection) else _refused)(error) from error
 
 
 async def _begin(
@@ -277,9 +278,13 @@ def _kill(number: signal.Signals, pid: int) -> str:
     return f"-{number.name.removeprefix('SIG')} -{pid}"  # no "--": dash takes that for a process
 
 
-def _lost(error: Exception | None) -> Exception:
+def _refused(error: Exception) -> Exception:
     if isinstance(error, asyncssh.ChannelOpenError):
         return FailedError(f"the guest's sshd refused: {error.reason}", reason="CHANNEL_FAILED")
+    return _lost(error)
+
+
+def _lost(error: Exception | None) -> LostError:
     return LostError(
         "the way into the guest was lost, and with it the command: its sshd has ended, or the guest"
         f" has{f' ({error})' if error and str(error) else ''}"

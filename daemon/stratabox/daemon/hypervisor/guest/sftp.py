@@ -13,8 +13,10 @@ from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import asyncssh
+from asyncssh.constants import OPEN_REQUEST_SESSION_FAILED
 from asyncssh.sftp import start_sftp_client
 
+from stratabox.daemon.hypervisor.guest.channel import has_ended
 from stratabox.daemon.hypervisor.guest.pipe import LOST, line
 from stratabox.storage.model.errors import DeniedError, NotFoundError, UnavailableError
 
@@ -119,6 +121,8 @@ async def _begin(connection: asyncssh.SSHClientConnection, user: str) -> asyncss
                     reader, writer, "utf-8", "strict", 3,
                 )  # fmt: skip
             except (asyncssh.SFTPError, EOFError) as error:
+                if await has_ended(connection):
+                    raise _lost(error) from error
                 said = await words.read(1 << 10)
                 raise _refusal(said, user) from error
     except TimeoutError:
@@ -126,11 +130,20 @@ async def _begin(connection: asyncssh.SSHClientConnection, user: str) -> asyncss
             f"the guest began no SFTP session within {SECONDS:g} s", reason=LOST
         ) from None
     except asyncssh.ChannelOpenError as error:
+        # A guest that has as many sessions as it allows refuses the channel, not what runs in it.
+        if error.code != OPEN_REQUEST_SESSION_FAILED or await has_ended(connection):
+            raise _lost(error) from error
         raise _no_server() from error
     except asyncssh.SFTPError as error:
+        if await has_ended(connection):
+            raise _lost(error) from error
         raise _no_server() from error
     except (OSError, asyncssh.Error) as error:
-        raise UnavailableError(f"the guest's channel ended: {error}", reason=LOST) from error
+        raise _lost(error) from error
+
+
+def _lost(error: Exception) -> UnavailableError:
+    return UnavailableError(f"the guest began no SFTP session: {error}", reason=LOST)
 
 
 def _refusal(said: bytes, user: str) -> NotFoundError | DeniedError:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import asyncssh
 
+from stratabox.daemon.hypervisor.guest.channel import has_ended
 from stratabox.storage.model.errors import FailedError, StrataboxError, UnavailableError
 from stratabox.storage.model.ports import Endpoint
 
@@ -101,6 +102,8 @@ async def reach(connection: asyncssh.SSHClientConnection, endpoint: Endpoint) ->
                     endpoint.address, endpoint.port, encoding=None, window=WINDOW
                 )
     except asyncssh.ChannelOpenError as error:
+        if await has_ended(connection):
+            raise lost(error) from error
         raise FailedError(
             f"nothing in the guest takes connections at {endpoint}: {error.reason}",
             reason="CONNECTION_REFUSED",
