@@ -81,9 +81,7 @@ class Helper:
             waits.append(1000)
         ready = dict(poller.poll(min(waits, default=None)))
         self._slirp.poll(ready)
-        self._names.expire()
-        for descriptor in list(ready):
-            self._names.ready(descriptor)
+        self._names.poll(ready)
         if link is not None and ready.get(link.fileno(), 0) & ~select.POLLOUT:
             for frame in link.frames():
                 self._walls.from_guest(frame)

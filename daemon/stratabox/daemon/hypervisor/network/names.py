@@ -15,7 +15,7 @@ import contextlib
 import select
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import dns.edns
@@ -126,22 +126,26 @@ class Names:
         return dict.fromkeys(self._by_descriptor, select.POLLIN)
 
     def wait(self) -> float | None:
-        """Seconds until `expire` has something to do; None: nothing is waited for."""
+        """Seconds until `poll` has something to do all the same; None: nothing is waited for."""
         if not self._pending:
             return None
         soonest = min(each.until for each in self._pending.values())
         return max(0.0, soonest - time.monotonic())
 
-    def expire(self) -> None:
-        """Ask the next resolver where one was silent too long."""
+    def poll(self, ready: Iterable[int]) -> None:
+        """Take what resolvers have sent, then ask the next one where one was silent too long.
+
+        In this order: an answer that is there is not late, however late it is looked for.
+        """
+        for descriptor in ready:
+            self._take(descriptor)
         now = time.monotonic()
         for waiting, pending in list(self._pending.items()):
             if pending.until <= now:
                 self._drop(waiting)
                 self._send(pending)
 
-    def ready(self, descriptor: int) -> None:
-        """Take what a resolver has sent."""
+    def _take(self, descriptor: int) -> None:
         waiting = self._by_descriptor.get(descriptor)
         if waiting is None:
             return
