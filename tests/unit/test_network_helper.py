@@ -17,6 +17,7 @@ from stratabox.daemon.doctor import guests as doctor
 from stratabox.daemon.doctor.finding import Status
 from stratabox.daemon.hypervisor import sockets
 from stratabox.daemon.hypervisor.network import link, slirp, wire
+from stratabox.daemon.hypervisor.network import uplink as uplinks
 from stratabox.daemon.hypervisor.network.link import Link, LinkClosedError
 from stratabox.daemon.hypervisor.network.routes import Routes
 from stratabox.daemon.hypervisor.network.uplink import Uplink, require_library
@@ -55,6 +56,8 @@ def test_frames_come_in_pieces_and_whole() -> None:
 
 def test_a_guest_that_stands_still_costs_little() -> None:
     ours, theirs = socket.socketpair()
+    # What the kernel takes on top is the host's setting, else: many MiB on some.
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
     with ours, contextlib.closing(Link(theirs)) as wired:
         taken = 0
         while wired.send(bytes(1500)):
@@ -98,7 +101,10 @@ async def uplink(tmp_path: Path) -> AsyncIterator[Uplink]:
     assert not (tmp_path / wire.CONTROL).exists()
 
 
-async def test_a_helper_is_told_and_asked(uplink: Uplink, tmp_path: Path) -> None:
+async def test_a_helper_is_told_and_asked(
+    uplink: Uplink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uplinks, "FIND_SECONDS", 60)
     with sockets.listen(tmp_path, wire.LINK) as listening:
         uplink.connect(PUBLIC)
         qemu, _ = listening.accept()
@@ -119,7 +125,7 @@ async def test_a_helper_is_told_and_asked(uplink: Uplink, tmp_path: Path) -> Non
         assert (found.pid, found.started) == (uplink.pid, uplink.started)
         assert dataclasses.astuple(await found.look()) == dataclasses.astuple(await uplink.look())
         found.let_go()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await uplink.gone()  # with its QEMU
     with pytest.raises(FailedError, match="has ended"):
         await uplink.look()
