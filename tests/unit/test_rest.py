@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 from pathlib import Path
 from typing import Any, cast
 
@@ -176,9 +177,12 @@ async def test_who_does_not_say_what_they_want_is_let_go(
         assert await reader.read() == b""
         writer.close()
         await writer.wait_closed()
-        # One that does is answered, and let go afterwards.
-        reader, writer = await asyncio.open_unix_connection(str(path))
-        writer.write(b"GET /v1/openapi.json HTTP/1.1\r\nhost: x\r\n\r\n")
+        # One that does is answered, and let go afterwards. Its words lie there before it is
+        # taken, so that no pause of this process can make it one that says nothing.
+        browser = socket.socket(socket.AF_UNIX)
+        browser.connect(str(path))
+        browser.sendall(b"GET /v1/openapi.json HTTP/1.1\r\nhost: x\r\n\r\n")
+        reader, writer = await asyncio.open_unix_connection(sock=browser)
         assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
         writer.close()
         await writer.wait_closed()
