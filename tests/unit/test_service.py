@@ -8,7 +8,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import grpc.aio
 import pytest
 
 from stratabox.daemon.hypervisor.housing import HouseError
+from stratabox.daemon.service import activation
 from stratabox.daemon.service.activation import Relay
 from stratabox.daemon.service.frames import PREFACE, Frames, Kind, goaway, ping
 from stratabox.daemon.service.notifying import Notifier
@@ -58,7 +59,10 @@ async def test_no_watchdog_is_wanted_of_us() -> None:
 
 
 _CHILD = """
-import os, sys
+import fcntl, os, sys
+high = [fcntl.fcntl(int(each), fcntl.F_DUPFD, 10) for each in sys.argv[2:]]
+for number, descriptor in enumerate(high, 3):
+    os.dup2(descriptor, number)
 os.environ["LISTEN_PID"] = str(os.getpid()) if sys.argv[1] == "ours" else "1"
 from stratabox.daemon.service.activation import inherited
 found = inherited(os.environ)
@@ -73,17 +77,11 @@ def test_sockets_that_are_handed_over(whose: str, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as given, socket.socket() as useless:
         given.bind(str(path))
         given.listen()
-
-        def place() -> None:
-            high = [os.dup2(each.fileno(), 50 + n) for n, each in enumerate((given, useless))]
-            for number, descriptor in enumerate(high):
-                os.dup2(descriptor, 3 + number)
-
+        descriptors = given.fileno(), useless.fileno()
         done = subprocess.run(
-            [sys.executable, "-c", _CHILD, whose],
+            [sys.executable, "-c", _CHILD, whose, *map(str, descriptors)],
             env={**os.environ, "LISTEN_FDS": "2", "LISTEN_FDNAMES": "a:b"},
-            preexec_fn=place,
-            close_fds=False,
+            pass_fds=descriptors,
             capture_output=True,
             text=True,
             check=True,
@@ -182,8 +180,15 @@ async def slow_api(path: Path) -> AsyncIterator[asyncio.Event]:
         await server.stop(None)
 
 
-async def test_clients_are_let_go(tmp_path: Path) -> None:
+async def until(fact: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not fact():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_clients_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they have begun is waited for; their next call is the next relay's; who is mute, not."""
+    monkeypatch.setattr(activation, "_HEARD_SECONDS", 0.2)
     outside = tmp_path / "out"
     with socket.socket(socket.AF_UNIX) as held, socket.socket(socket.AF_UNIX) as mute:
         held.bind(str(outside))
@@ -198,20 +203,21 @@ async def test_clients_are_let_go(tmp_path: Path) -> None:
             first.start()
             mute.connect(str(outside))
             begun = asyncio.ensure_future(method(b"begun", wait_for_ready=True))
-            await channel.channel_ready()
+            await until(lambda: any(each.streams for each in first._connections.values()))
             first.close()
             finishing = asyncio.create_task(first.finish())
-            assert not (await asyncio.wait((finishing, begun), timeout=3))[0]
+            await until(lambda: any(each.heard for each in first._connections.values()))
+            assert not (await asyncio.wait((finishing, begun), timeout=1))[0]
             late = asyncio.ensure_future(method(b"late"))
             one.set()
             assert await begun == b"begun"
-            await asyncio.wait_for(finishing, 10)
+            await asyncio.wait_for(finishing, 60)
             assert not late.done()
             await first.stop()
             second = Relay(held.dup(), tmp_path / "two")
             second.start()
             two.set()
-            assert await asyncio.wait_for(late, 30) == b"late"
+            assert await asyncio.wait_for(late, 60) == b"late"
             await second.stop()
 
 
