@@ -181,7 +181,8 @@ def run(daemon: FakeDaemon) -> Callable[..., Result]:
     """Run the command line against the fake daemon."""
 
     def run(*words: str, **options: Any) -> Result:
-        environment = {"STRATABOX_ADDRESS": daemon.address}
+        # What makes colours although this is no terminal, as some CI sets it, is taken away.
+        environment = {"STRATABOX_ADDRESS": daemon.address, "FORCE_COLOR": None}
         return CliRunner().invoke(cli, list(words), env=environment, **options)
 
     return run

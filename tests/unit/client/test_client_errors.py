@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +116,20 @@ async def test_nobody_there_either(tmp_path: Path) -> None:
 
 
 def test_the_clients_own_time_out(daemon: Any, make: Any) -> None:
-    import time
+    given_up = threading.Event()
 
-    def slow(request: Any) -> Any:
-        time.sleep(0.5)
+    def never(request: Any) -> Any:
+        assert given_up.wait(60)
         return make.sandbox()
 
-    daemon.answers |= {"GetSandbox": slow, "CreateSandbox": slow}
+    def slow(request: Any) -> Any:
+        time.sleep(0.2)
+        return make.sandbox()
+
+    daemon.answers |= {"GetSandbox": never, "CreateSandbox": slow}
     with Client(daemon.address, timeout=0.1) as client:
         with pytest.raises(sdk.DeadlineExceededError):
             client.sandboxes.get("x")
+        given_up.set()
         # What the daemon was told that it may take comes on top.
-        assert client.sandboxes.create(ready_timeout=5).name == "debugbox"
+        assert client.sandboxes.create(ready_timeout=60).name == "debugbox"
