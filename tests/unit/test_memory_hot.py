@@ -11,11 +11,12 @@ import pytest
 from stratabox.daemon.hypervisor.machine import SavedMemory
 from stratabox.daemon.hypervisor.memory.hot import HotMemory
 
-SIZE = 1 << 20
+SIZE = 2 << 20
+"""A huge page: less takes as much, on a host that gives shared memory those."""
 
 
 class Maker:
-    """Makes memories of one MiB, and remembers them."""
+    """Makes memories of that size, and remembers them."""
 
     def __init__(self) -> None:
         self.made: list[SavedMemory] = []

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import random
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -83,10 +84,8 @@ def test_reading_many_runs(written: tuple[RamMapping, list[int]]) -> None:
 
 
 def test_a_process_that_is_gone_is_told() -> None:
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
+    with subprocess.Popen(["true"]) as process:
+        child = process.pid
     gone = RamMapping(pid=child, start=PAGE, size=PAGE)
     with pytest.raises(UnavailableError):
         PageMap(gone)
@@ -98,7 +97,11 @@ def test_a_process_that_is_gone_is_told() -> None:
 
 def test_tracking_is_believed_when_a_page_was_told() -> None:
     release = tuple(map(int, os.uname().release.split(".")[:2]))
-    assert tracking.has_write_tracking() or release < (6, 7)
+    # A container's filter of system calls may refuse it, whatever the kernel.
+    descriptor = ctypes.CDLL(None).syscall(tracking._SYS_USERFAULTFD, tracking._USER_MODE_ONLY)
+    if descriptor >= 0:
+        os.close(descriptor)
+    assert tracking.has_write_tracking() or release < (6, 7) or descriptor < 0
 
 
 def test_runs() -> None:
