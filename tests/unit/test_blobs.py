@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from stratabox.daemon.lifecycle.world import World
 from stratabox.storage.catalog import images, sandboxes, snapshots
-from stratabox.storage.catalog.database import Catalog
+from stratabox.storage.catalog.database import Catalog, Transaction
 from stratabox.storage.files import durable
 from stratabox.storage.files.layout import Layout
 from stratabox.storage.files.store import Store
@@ -172,3 +176,40 @@ def test_blobs_live_as_long_as_a_record_needs_them(
     (left,) = files(store)
     assert left.startswith("quarantine/")
     assert (store.layout.root / left).read_text() == "garbage"
+
+
+def test_a_start_that_puts_its_firmware_there_meanwhile_stops_no_sweep(
+    store: Store, catalog: Catalog, tmp_path: Path
+) -> None:
+    wanted = firmware(store, tmp_path, bios_256k=b"bios")
+    folder = store.firmware_folder(wanted)
+    # Of what is staged, its name is seen, and then it is gone.
+    (folder / ".staged").symlink_to("gone")
+    store.sweep_blobs(catalog, wanted.values())
+    assert folder.exists()
+    store.sweep_blobs(catalog, [])
+    assert not folder.exists()
+
+
+async def test_blobs_of_an_image_that_is_begun_meanwhile_stay(
+    store: Store, catalog: Catalog, tmp_path: Path
+) -> None:
+    (tmp_path / "kernel").write_bytes(b"kernel")
+    path = store.blob_path(store.put_blob(tmp_path / "kernel"))
+    busy: set[str] = set()
+
+    async def read(look: Callable[[Transaction], Any]) -> Any:
+        busy.add("an image, which finds this blob there and names it")
+        with catalog.transaction() as tx:
+            return look(tx)
+
+    with ThreadPoolExecutor(1) as worker:
+        world = cast(
+            World,
+            SimpleNamespace(read=read, worker=worker, store=store, catalog=catalog, firmware={}),
+        )
+        await World.sweep_blobs(world, busy)
+        assert path.exists()
+        busy.clear()
+        await World.sweep_blobs(world, ())
+        assert not path.exists()

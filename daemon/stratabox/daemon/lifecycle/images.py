@@ -232,6 +232,7 @@ class Images:
                 created_at=created, sealed_at=created, bytes=store.bytes_of([layer]),
             ), boot  # fmt: skip
 
+        # Before a blob is stored: see World.sweep_blobs.
         image_record = await self._world.read(lambda tx: images.get(tx, image))
         layer, boot = await in_thread(take)
 
@@ -289,7 +290,7 @@ class Images:
         hit("delete-image.row-written")
         freed = await self._world.sweep()
         if not self._busy:
-            await self._world.sweep_blobs()
+            await self._world.sweep_blobs(self._busy)
         self._world.bus.publish(Happening.DELETED, record)
         return DeletedImage(id=record.id, freed_bytes=freed)
 

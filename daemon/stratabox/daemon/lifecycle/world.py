@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field
@@ -201,11 +201,15 @@ class World:
             self.swept.set()
             self.chains_changed.set()
 
-    async def sweep_blobs(self) -> None:
-        """Remove the blobs that nothing needs. Only while no image is being made.
+    async def sweep_blobs(self, busy: Collection[object]) -> None:
+        """Remove the blobs that nothing needs, unless something is busy that may store some whose
+        record is not written yet.
 
         Snapshots are looked at in portions. One that is taken meanwhile needs what its sandbox
         needed before it, or its image.
+
+        :param busy: what is, as it changes. Looked at in the catalog's thread, in which everything
+            that is busy reads or writes before it stores a blob: so that comes before or after.
         """
         wanted: set[str] = set()
         after: int | None = 0
@@ -213,10 +217,12 @@ class World:
             some, after = await self.read(partial(snapshots.some_blobs, after=after))
             wanted |= some
         keep = self.firmware.values()
-        await in_executor(
-            self.worker,
-            lambda: self.store.sweep_blobs(self.catalog, keep, of_snapshots=wanted),
-        )
+
+        def sweep() -> None:
+            if not busy:
+                self.store.sweep_blobs(self.catalog, keep, of_snapshots=wanted)
+
+        await in_executor(self.worker, sweep)
 
     async def drop_seed(self, seed: Sha256 | None) -> None:
         """Remove the seed of a machine that is gone, once nothing else needs it.

@@ -285,5 +285,13 @@ class Store:
     def _sweep_firmware(self) -> None:
         for folder in self.layout.firmware.iterdir():
             # Hard links: one whose blob is gone is the last name of its file.
-            if any(path.stat().st_nlink == 1 for path in folder.iterdir()):
+            if any(_names_of(path) == 1 for path in folder.iterdir()):
                 shutil.rmtree(folder)
+
+
+def _names_of(path: Path) -> int:
+    """How many names a file has; 0: it is gone, as what `firmware_folder` has staged meanwhile."""
+    try:
+        return path.stat().st_nlink
+    except FileNotFoundError:
+        return 0
