@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from stratabox.daemon.hypervisor import cgroup
+from stratabox.storage.model.ids import mint
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def a_folder() -> Iterator[Path]:
     points = cgroup.hierarchies()
     if not points or not os.access(points[0], os.W_OK):
         pytest.skip("no hierarchy of control groups of version 2 that may be written to")
-    made = points[0] / f"stratabox-test-{os.getpid()}"
+    made = points[0] / f"stratabox-test-{mint()}"  # a pid can be another container's, too
     made.mkdir()
     try:
         yield made

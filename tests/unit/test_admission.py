@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -31,16 +32,17 @@ STATES = {
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Catalog:
+def catalog(tmp_path: Path) -> Iterator[Catalog]:
     """One sandbox in each state."""
-    catalog = Catalog(tmp_path / "catalog.db")
-    with catalog.transaction() as tx:
-        image = images.insert(tx, records.image())
-        for number, (state, memory) in enumerate(STATES.items()):
-            sandboxes.insert(
-                tx, records.sandbox(image=image.id, state=state, memory=memory, uid=number + 70000)
-            )
-    return catalog
+    with closing(Catalog(tmp_path / "catalog.db")) as catalog:
+        with catalog.transaction() as tx:
+            image = images.insert(tx, records.image())
+            for number, (state, memory) in enumerate(STATES.items()):
+                made = records.sandbox(
+                    image=image.id, state=state, memory=memory, uid=number + 70000
+                )
+                sandboxes.insert(tx, made)
+        yield catalog
 
 
 def limited(memory: int) -> Admission:

@@ -15,6 +15,7 @@ import pytest
 from stratabox.daemon.config import Config, load
 from stratabox.daemon.doctor import kernel, service
 from stratabox.daemon.doctor.finding import Finding, Status
+from stratabox.daemon.rpc import asking
 from stratabox.v1 import host_pb2
 
 SHOWN = """\
@@ -134,6 +135,7 @@ def answering(path: Path, **fields: Any) -> Iterator[Config]:
 @pytest.fixture
 def socket(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(service, "SYSTEMD_RUNS", Path("/nonexistent"))
+    monkeypatch.setattr(asking, "_SECONDS", 60)
     monkeypatch.chdir(tmp_path_factory.mktemp("d"))
     return Path.cwd() / "s"
 

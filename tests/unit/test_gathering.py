@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
+from stratabox.daemon.hypervisor.guest import gathering as gathering_module
 from stratabox.daemon.hypervisor.guest.gathering import PIECE, Gathering
 
 
@@ -28,7 +31,8 @@ async def test_what_is_enough_goes_on_at_once() -> None:
     assert await goes_on(Gathering(), PIECE)
 
 
-async def test_a_full_packet_waits_until_there_is_enough() -> None:
+async def test_a_full_packet_waits_until_there_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering_module, "_LINGER_SECONDS", 600)
     gathering = Gathering()
     waiting = asyncio.create_task(gathering.more(32 << 10))
     await asyncio.sleep(0)
@@ -44,7 +48,8 @@ async def test_a_full_packet_does_not_wait_for_ever() -> None:
     await asyncio.wait_for(Gathering().more(32 << 10), 30)
 
 
-async def test_nothing_is_waited_for_after_the_end() -> None:
+async def test_nothing_is_waited_for_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering_module, "_LINGER_SECONDS", 600)
     gathering = Gathering()
     waiting = asyncio.create_task(gathering.more(32 << 10))
     await asyncio.sleep(0)

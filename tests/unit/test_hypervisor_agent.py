@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from stratabox.daemon.hypervisor import sockets
+from stratabox.daemon.hypervisor.guest import agent as agent_module
 from stratabox.daemon.hypervisor.guest import exec as guest_exec
 from stratabox.daemon.hypervisor.guest.agent import AgentRefusedError, GuestAgent
 from stratabox.daemon.hypervisor.guest.agent_channel import AgentGoneError
@@ -101,7 +102,7 @@ async def test_who_asks_early_has_asked_before_anything_is_waited_for(
 
 async def test_an_early_question_is_answered_once(agent: GuestAgent, peer: Peer) -> None:
     agent.ask_early()
-    await agent.wait_ready(10)
+    await agent.wait_ready(60)
     await agent.ping()
     assert peer.heard == ["guest-sync-delimited", "guest-ping"]
 
@@ -111,7 +112,7 @@ async def test_an_early_question_that_a_reset_has_lost_is_asked_again(
 ) -> None:
     agent.ask_early()
     agent.port_changed(is_open=False)
-    await agent.wait_ready(10)
+    await agent.wait_ready(60)
     assert peer.heard == ["guest-sync-delimited"] * 2
 
 
@@ -119,6 +120,7 @@ async def test_a_late_reply_is_never_taken_for_anothers(agent: GuestAgent, peer:
     async def slow(request: dict[str, Any]) -> bytes | None:
         return None
 
+    await agent.ping()  # in step, so that it is the command that takes its time
     peer.answer = slow
     with pytest.raises(AgentGoneError):
         await agent.execute("guest-fsfreeze-status", timeout=0.05)
@@ -129,15 +131,16 @@ async def test_a_late_reply_is_never_taken_for_anothers(agent: GuestAgent, peer:
 
 
 async def test_a_cancelled_command_leaves_the_channel_usable(agent: GuestAgent, peer: Peer) -> None:
-    release = asyncio.Event()
+    asked, release = asyncio.Event(), asyncio.Event()
 
     async def slow(request: dict[str, Any]) -> bytes | None:
+        asked.set()
         await release.wait()
         return b'{"return": 1}\n'
 
     peer.answer = slow
-    task = asyncio.create_task(agent.execute("guest-a"))
-    await asyncio.sleep(0.05)
+    task = asyncio.create_task(agent.execute("guest-a", timeout=600))
+    await asked.wait()
     task.cancel()
     await asyncio.wait((task,))
     release.set()
@@ -181,7 +184,7 @@ async def test_nesting_deeper_than_python_can_follow(agent: GuestAgent, peer: Pe
 
 async def test_a_flood_before_the_sync_is_skipped(agent: GuestAgent, peer: Peer) -> None:
     peer.before_sync = b"z" * 3_000_000
-    await agent.ping(timeout=10)
+    await agent.ping(timeout=60)
 
 
 async def test_a_long_reply_of_tiny_values_is_not_parsed(agent: GuestAgent, peer: Peer) -> None:
@@ -239,17 +242,21 @@ async def test_a_refusal_has_the_agents_words(agent: GuestAgent, peer: Peer) -> 
 
 
 async def test_a_thaw_follows_a_freeze_that_was_given_up(agent: GuestAgent, peer: Peer) -> None:
+    given_up = asyncio.Event()
+
     async def slow(request: dict[str, Any]) -> bytes | None:
         if request["execute"] == "guest-fsfreeze-freeze":
-            await asyncio.sleep(0.1)
+            await given_up.wait()
             return b'{"return": 1}\n'
         return b'{"return": "thawed"}\n'
 
     peer.answer = slow
+    await agent.ping()  # in step, so that the time-out is the freeze's
     with pytest.raises(AgentGoneError):
         await agent.fsfreeze_freeze(0.05)
-    await agent.ensure_thawed(5)
-    assert peer.heard[1:] == [
+    given_up.set()
+    await agent.ensure_thawed(60)
+    assert peer.heard[2:] == [
         "guest-fsfreeze-freeze",
         "guest-fsfreeze-thaw",
         "guest-sync-delimited",
@@ -268,28 +275,34 @@ async def test_ensure_thawed_goes_on_until_it_is(agent: GuestAgent, peer: Peer) 
         return json.dumps({"return": "thawed" if thaws > 2 else "frozen"}).encode() + b"\n"
 
     peer.answer = stubborn
-    await agent.ensure_thawed(5)
+    await agent.ensure_thawed(60)
     assert thaws == 3
 
 
 async def test_who_waits_is_told_when_the_port_closes(agent: GuestAgent, peer: Peer) -> None:
+    asked = asyncio.Event()
+
     async def silent(request: dict[str, Any]) -> bytes | None:
+        asked.set()
         return None
 
     peer.answer = silent
     task = asyncio.create_task(agent.ping(timeout=60))
-    await asyncio.sleep(0.05)
+    await asked.wait()
     agent.port_changed(is_open=False)
     with pytest.raises(AgentGoneError, match="went away"):
-        await asyncio.wait_for(task, 5)
+        await task
 
 
-async def test_ready_when_the_port_opens(agent: GuestAgent, peer: Peer) -> None:
+async def test_ready_when_the_port_opens(
+    agent: GuestAgent, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_module, "_PORT_SECONDS", 600)  # asked in spite of it: never, here
     waiting = asyncio.create_task(agent.wait_ready(60))
     await asyncio.sleep(0.05)
     assert peer.heard == []  # nothing is asked of a guest without an agent
     agent.port_changed(is_open=True)
-    await asyncio.wait_for(waiting, 5)
+    await waiting
 
 
 async def test_without_qemu_there_is_no_agent(tmp_path: Path) -> None:
@@ -346,9 +359,19 @@ async def test_numbers_that_cannot_be_are_none(agent: GuestAgent, peer: Peer) ->
     assert (result.exit_code, result.signal) == (None, None)
 
 
-async def test_a_timeout_kills_by_marker_and_session(agent: GuestAgent, peer: Peer) -> None:
+async def test_a_timeout_kills_by_marker_and_session(
+    agent: GuestAgent, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     marker = ""
     killed = False
+    limits: list[asyncio.Timeout] = []
+    real = asyncio.timeout
+
+    def noted(seconds: float | None) -> asyncio.Timeout:
+        limits.append(real(seconds))
+        return limits[-1]
+
+    monkeypatch.setattr(asyncio, "timeout", noted)
 
     async def guest(request: dict[str, Any]) -> bytes | None:
         nonlocal marker, killed
@@ -362,11 +385,13 @@ async def test_a_timeout_kills_by_marker_and_session(agent: GuestAgent, peer: Pe
         elif arguments["pid"] == 8:
             status = {"exited": True, "out-data": base64.b64encode(b"done\n").decode()}
         else:
+            if not killed:  # it runs, and now its time, the first of all limits, is up
+                limits[0].reschedule(asyncio.get_running_loop().time())
             status = {"exited": killed, "signal": 9}
         return json.dumps({"return": status}).encode() + b"\n"
 
     peer.answer = guest
-    result = await guest_exec.execute(agent, ["sleep", "99"], timeout=0.1)
+    result = await guest_exec.execute(agent, ["sleep", "99"], timeout=600)
     assert (result.timed_out, result.exit_code, result.signal) == (True, None, 9)
     assert marker.startswith(guest_exec.MARKER)
 

@@ -99,11 +99,11 @@ def _sleeper(*arguments: str) -> subprocess.Popen[bytes]:
 
 
 async def test_a_process_is_found_again_watched_and_ended() -> None:
-    sandbox = SandboxId(mint())
-    child = _sleeper("-name", f"guest={process.guest_name('unit', sandbox)},debug-threads=on")
-    (found,) = process.find_all("unit")
+    store, sandbox = mint(), SandboxId(mint())  # others may run this test on the same host
+    child = _sleeper("-name", f"guest={process.guest_name(store, sandbox)},debug-threads=on")
+    (found,) = process.find_all(store)
     assert (found.sandbox, found.pid) == (sandbox, child.pid)
-    assert process.find_all("unit2") == []
+    assert process.find_all(f"{store}2") == []
     with process.opened(found.pid, found.started + 1) as pidfd:
         assert pidfd is None  # the same pid, another process
     with process.opened(found.pid, found.started) as pidfd:
@@ -118,10 +118,11 @@ async def test_a_process_is_found_again_watched_and_ended() -> None:
 
 
 def test_a_name_anywhere_else_is_not_a_domain() -> None:
-    name = f"guest={process.guest_name('unit', SandboxId(mint()))}"
+    store = mint()
+    name = f"guest={process.guest_name(store, SandboxId(mint()))}"
     child = _sleeper("--", name)
     try:
-        assert process.find_all("unit") == []
+        assert process.find_all(store) == []
     finally:
         os.kill(child.pid, signal.SIGKILL)
         os.waitpid(child.pid, 0)
