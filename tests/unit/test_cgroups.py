@@ -39,7 +39,7 @@ BUSY = IoLimits(weight=50, write_bandwidth=3 * MIB, read_iops=70)
 
 
 def config(*argv: str) -> Config:
-    return load(argv, {"HOME": "/root"})
+    return load(argv, {"HOME": "/home/ann"})
 
 
 def test_a_guest_may_have_what_it_was_created_with_and_some_more() -> None:

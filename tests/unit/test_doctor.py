@@ -19,7 +19,7 @@ from stratabox.daemon.hypervisor import confinement
 
 
 def config(*argv: str) -> Config:
-    return load(argv, {"HOME": "/root"})
+    return load(argv, {"HOME": "/home/ann"})
 
 
 @pytest.mark.parametrize(

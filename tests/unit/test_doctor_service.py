@@ -43,7 +43,7 @@ TasksCurrent=31
 
 
 def config(*argv: str) -> Config:
-    return load(argv, {"HOME": "/root"})
+    return load(argv, {"HOME": "/home/ann"})
 
 
 def judged(*, root: bool = True, **words: str) -> Finding:

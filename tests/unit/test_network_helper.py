@@ -80,13 +80,13 @@ def test_the_kernel_knows_the_hosts_addresses() -> None:
 
 def test_a_host_without_the_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     require_library()
-    (fine,) = doctor.check_network(load([], {"HOME": "/root"}))
+    (fine,) = doctor.check_network(load([], {"HOME": "/home/ann"}))
     assert fine.status is Status.OK
     monkeypatch.setattr(slirp, "LIBRARY", "libnothing.so.0")
     with pytest.raises(DeniedError, match="install libslirp0") as refused:
         require_library()
     assert refused.value.reason == "NETWORK_UNAVAILABLE"
-    (finding,) = doctor.check_network(load([], {"HOME": "/root"}))
+    (finding,) = doctor.check_network(load([], {"HOME": "/home/ann"}))
     assert finding.status is Status.WARN
     assert "libslirp0" in finding.remedy
 
