@@ -12,21 +12,35 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def chain(layer: Path) -> list[Path]:
     """The files of a layer's chain, the top first: as the catalog has it, where there is one.
 
-    A header names what its layer stood on at first, which may have been replaced and be gone.
+    A header names what its layer stood on at first, which may have been replaced and be gone. So
+    may the layer itself, by a job in the background: then it is the one that took its place.
     """
     catalog = layer.parent.parent / "catalog.db"
     if not catalog.exists():
         return [layer]
-    with contextlib.closing(sqlite3.connect(catalog)) as opened:
+    with contextlib.closing(sqlite3.connect(catalog, timeout=60)) as opened:
         rows = opened.execute(
             """
-            WITH RECURSIVE chain (id, depth) AS (
+            WITH RECURSIVE
+            became (id, depth) AS (
                 SELECT ?, 0
+                UNION ALL
+                SELECT jobs.target, depth + 1 FROM jobs JOIN became ON jobs.layer = became.id
+            ),
+            top (id) AS (
+                SELECT id FROM became JOIN layers USING (id)
+                WHERE state != 'garbage' ORDER BY depth LIMIT 1
+            ),
+            chain (id, depth) AS (
+                SELECT id, 0 FROM top
                 UNION ALL
                 SELECT layers.parent, depth + 1 FROM layers JOIN chain USING (id)
                 WHERE layers.parent IS NOT NULL
@@ -35,13 +49,28 @@ def chain(layer: Path) -> list[Path]:
             """,
             (layer.stem,),
         ).fetchall()
-    return [layer.with_name(f"{row[0]}.qcow2") for row in rows]
+    return [layer.with_name(f"{row[0]}.qcow2") for row in rows] or [layer]
 
 
-def spelled(layer: Path) -> str:
-    """A layer's chain as qemu-img takes it instead of a file's name."""
-    if len(files := chain(layer)) == 1:
-        return str(layer)
+def through(layer: Path, tool: Callable[[str], T]) -> T:
+    """What a tool makes of a layer's chain, which it opens at its beginning.
+
+    A job in the background may replace one of its files just then: so again, with those of now.
+
+    :param tool: gets the chain as qemu-img takes it instead of a file's name.
+    """
+    while True:
+        files = chain(layer)
+        try:
+            return tool(_spelled(files))
+        except (subprocess.CalledProcessError, AssertionError):
+            if chain(layer) == files:
+                raise
+
+
+def _spelled(files: list[Path]) -> str:
+    if len(files) == 1:
+        return str(files[0])
     node: dict[str, object] | None = None
     for path in reversed(files):
         file = {"driver": "file", "filename": str(path)}
@@ -53,14 +82,18 @@ def read(layer: Path, *, offset: int = 0, size: int = 512) -> bytes:
     """Bytes of the disk that `layer` and the chain below it are; all multiples of 512."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "bytes"
-        subprocess.run(
-            [
-                "qemu-img", "dd", "-U", "-f", "qcow2", "-O", "raw", "bs=512",
-                f"skip={offset // 512}", f"count={(offset + size) // 512}",
-                f"if={spelled(layer)}", f"of={target}",
-            ],
-            check=True, capture_output=True,
-        )  # fmt: skip
+
+        def copy(source: str) -> None:
+            subprocess.run(
+                [
+                    "qemu-img", "dd", "-U", "-f", "qcow2", "-O", "raw", "bs=512",
+                    f"skip={offset // 512}", f"count={(offset + size) // 512}",
+                    f"if={source}", f"of={target}",
+                ],
+                check=True, capture_output=True,
+            )  # fmt: skip
+
+        through(layer, copy)
         return target.read_bytes()
 
 
@@ -70,17 +103,11 @@ def marker(layer: Path) -> str:
 
 
 def marker_of(find: Callable[[], Path]) -> str:
-    """The same of a record's layer; a job in the background may replace that meanwhile.
+    """The same of a record's layer.
 
     :param find: where the record's layer is now.
     """
-    while True:
-        file = find()
-        try:
-            return marker(file)
-        except (subprocess.CalledProcessError, AssertionError):
-            if find() == file:
-                raise
+    return marker(find())
 
 
 def needs_recovery(layer: Path) -> bool:
@@ -104,7 +131,7 @@ def ask_qemu(folder: Path, command: str, **arguments: object) -> object:
     directory = os.open(folder, os.O_PATH | os.O_DIRECTORY)
     try:
         with socket.socket(socket.AF_UNIX) as monitor:
-            monitor.settimeout(10)
+            monitor.settimeout(60)
             monitor.connect(f"/proc/self/fd/{directory}/rescue.sock")
             with monitor.makefile("rwb") as stream:
                 assert b"QMP" in stream.readline()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -36,12 +37,15 @@ class Stored:
         digests = {}
         for (layer,) in self._process.rows("SELECT id FROM layers WHERE state = 'sealed'"):
             path = self._folder / f"{layer}.qcow2"
-            if not path.exists():  # a job in the background has replaced it meanwhile
+            try:
+                mode = stat.S_IMODE(path.stat().st_mode)
+                digest = disks.digest(path) if path.name not in but else None
+            except FileNotFoundError:  # a job in the background has replaced it meanwhile
                 wait_until(lambda row=layer: not self._is_kept(row))  # type: ignore[misc]
                 continue
-            assert stat.S_IMODE(path.stat().st_mode) == 0o400, path
-            if path.name not in but:
-                digests[path.name] = disks.digest(path)
+            assert mode == 0o400, path
+            if digest is not None:
+                digests[path.name] = digest
         return digests
 
     def _is_kept(self, layer: object) -> bool:
@@ -49,8 +53,7 @@ class Stored:
 
     def unneeded(self) -> set[str]:
         """Layers, rows or files, that no record's chain goes through, and no job works on."""
-        rows = self._process.rows(
-            """
+        sql = """
             WITH RECURSIVE needed (id) AS (
                 SELECT layer FROM disks
                 UNION SELECT layer FROM snapshot_disks
@@ -62,14 +65,20 @@ class Stored:
             SELECT id || '.qcow2', id IN needed FROM layers
             UNION ALL SELECT target || '.qcow2', 1 FROM jobs WHERE state IN ('running', 'paused')
             """
-        )
+        while True:
+            rows, files = self._process.rows(sql), self._process.layers()
+            if self._process.rows(sql) == rows:  # else a job has begun or ended between the two
+                break
         needed = {str(name) for name, is_needed in rows if is_needed}
-        return {str(name) for name, _ in rows} - needed | self._process.layers() - needed
+        return {str(name) for name, _ in rows} - needed | files - needed
 
     def bytes_on_disk(self) -> int:
         """What layers and saved memory take."""
-        files = [*self._folder.iterdir(), *(self._process.state / "ram").iterdir()]
-        return sum(path.stat().st_blocks * 512 for path in files)
+        taken = 0
+        for path in (*self._folder.iterdir(), *(self._process.state / "ram").iterdir()):
+            with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                taken += path.stat().st_blocks * 512
+        return taken
 
     def _layer(self, table: str, column: str, record: str, index: int) -> Path:
         ((layer,),) = self._process.rows(
@@ -96,7 +105,8 @@ def run_tool(*words: str | Path, fine: Collection[int] = (0,)) -> str:
 
 def to_raw(layer: Path, target: Path) -> Path:
     """Write the disk that `layer` and its chain are; refused while somebody writes one of them."""
-    run_tool("qemu-img", "convert", "-f", "qcow2", "-O", "raw", disks.spelled(layer), target)
+    convert = ("qemu-img", "convert", "-f", "qcow2", "-O", "raw")
+    disks.through(layer, lambda source: run_tool(*convert, source, target))
     return target
 
 

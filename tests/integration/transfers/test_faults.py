@@ -22,7 +22,7 @@ from stratabox.client import (
     SnapshotDeletion,
     SnapshotNotFoundError,
 )
-from support.daemon import daemon, small_disk
+from support.daemon import DaemonProcess, daemon, small_disk
 from support.stored import wait_until
 from support.transfers import MIB, Scene, remade, set_in
 
@@ -87,7 +87,7 @@ def test_a_snapshot_that_goes_meanwhile_is_exported_to_its_end(clean: Scene) -> 
     clean.other.snapshots.export(came.id, path, memory=True, env=True, progress=delete)
     with pytest.raises(SnapshotNotFoundError):
         clean.other.snapshots.get(came.id)
-    assert clean.there.layers() == set()
+    wait_until(lambda: clean.there.layers() == set())  # a job may just be giving up
     back = clean.other.snapshots.import_file(path, trust=True).snapshot
     assert clean.content(clean.there, back.id) == clean.content(clean.here, clean.second.id)
 
@@ -160,8 +160,9 @@ def test_what_declares_more_than_there_is_room_for_is_refused_at_once(clean: Sce
     lie = remade(clean.whole.read_bytes(), set_in("members", 0, "data", to=1 << 30))
     with pytest.raises(InvalidArchiveError):  # it may be: a disk of 1 GiB, but it is not
         clean.other.snapshots.import_file(io.BytesIO(lie))
-    free = shutil.disk_usage(clean.there.state).free
-    size = min(1 << 35, (free // (1 << 30) + 1) << 30)
+    size = 1 << 35
+    # Whatever others on this host may free meanwhile.
+    is_too_large = shutil.disk_usage(clean.there.state).free < size - (8 << 30)
 
     def enlarge(value: dict[str, Any]) -> None:
         value["snapshot"]["disks"][1]["size"] = size
@@ -171,7 +172,7 @@ def test_what_declares_more_than_there_is_room_for_is_refused_at_once(clean: Sce
             if member["layer"] == place:
                 member |= {"size": size, "data": size}
 
-    if size > free:  # else the host has room for the largest image
+    if is_too_large:  # else the host has room for the largest image
         with pytest.raises(NoSpaceError, match=r"declares|no room"):
             clean.other.snapshots.import_file(io.BytesIO(remade(clean.whole.read_bytes(), enlarge)))
 
@@ -244,7 +245,7 @@ def test_a_step_that_fails_leaves_nothing(scene: Scene, tmp_path: Path, point: s
         with pytest.raises(NoSpaceError):
             client.snapshots.import_file(scene.memory, trust=True)
         process.check_consistent()
-        assert process.layers() == set()
+        wait_until(lambda: process.layers() == set())  # a job may just be giving up
         assert client.snapshots.list() == []
         client.close()
 
@@ -271,9 +272,19 @@ def test_killed_while_exporting(clean: Scene, tmp_path: Path) -> None:
 def test_nothing_of_this_is_left_behind(scene: Scene) -> None:
     """Descriptors, threads' files: after all that was broken off above."""
     for process in (scene.here, scene.there):
-        links = []
-        for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                links.append(str(descriptor.readlink()))
-        assert len(links) > 5
-        assert [each for each in links if "/layers/" in each or "/work/" in each] == []
+        assert len(links(process)) > 5
+        wait_until(lambda process=process: not held(process))  # type: ignore[misc]
+
+
+def links(process: DaemonProcess) -> list[str]:
+    """What a daemon has open."""
+    found = []
+    for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(str(descriptor.readlink()))
+    return found
+
+
+def held(process: DaemonProcess) -> list[str]:
+    """Of that, what a job in the background opens, and closes."""
+    return [each for each in links(process) if "/layers/" in each or "/work/" in each]
