@@ -18,10 +18,20 @@ from support.daemon import DaemonProcess
 Words = dict[str, Any]
 
 
+_held: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of loopback that nobody has, nor gets by chance until this process ends.
+
+    It stays bound here, and nobody listens: who asks for this very port can, as a daemon does, and
+    the kernel gives it to nobody who asks for any.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    _held.append(holder)
+    return int(holder.getsockname()[1])
 
 
 def run(
@@ -32,7 +42,7 @@ def run(
         env=process.environment | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 
@@ -43,7 +53,7 @@ def key(process: DaemonProcess, *words: str) -> Words:
         env=process.environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 
 from stratabox.client import Client
 from support.daemon import DaemonProcess, daemon
+from support.doors import free_port
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Rest:
     ) -> Answer:
         """Ask; `body` is sent as JSON, or as it is when it is bytes."""
         parts = urlsplit(self.url)
-        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=120)
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=300)
         sent = {"x-api-key": self.key if key is None else key, **(headers or {})}
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
@@ -78,13 +78,6 @@ class Rest:
         assert done.json["exit_code"] == 0, done.json
         output: str = done.json["stdout"]
         return output.rstrip("\n")
-
-
-def free_port() -> int:
-    """A port of loopback that nobody has just now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 def make_key(process: DaemonProcess, *options: str) -> str:

@@ -16,9 +16,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from stratabox.client import EventType
+from support.boot_disks import boot_disk, say
 from support.certificates import Authority
 from support.daemon import daemon
-from support.rest import Answer, Rest, free_port, make_key
+from support.doors import free_port
+from support.rest import Answer, Rest, make_key
 from support.rig import eventually
 from support.waiting import watching
 
@@ -93,15 +95,21 @@ def test_by_the_socket_the_files_mode_is_the_key(rest: Rest, box: str) -> None:
             assert b" 200 " in reply.readline()
 
 
-def test_who_goes_before_a_sandbox_is_made_leaves_nothing(rest: Rest, box: str) -> None:
+def test_who_goes_before_a_sandbox_is_made_leaves_nothing(
+    rest: Rest, box: str, tmp_path: Path
+) -> None:
+    # However quick the host is, it is not ready when its caller goes.
+    boot_disk(tmp_path / "mute.raw", say("no agent in here"))
+    rest.client.images.import_file(tmp_path / "mute.raw", name="mute")
     with watching(rest.client) as events:
         next(events)  # the shared box: the watch has begun
-        body = {"name": "abandoned", "wait_for_ready": True}
+        body = {"name": "abandoned", "image": "mute", "wait_for_ready": True}
         with asking(rest, "/v1/sandboxes", body):
             made = next(each for each in events if each.sandbox.name == "abandoned")
         gone = next(each for each in events if each.type is EventType.DELETED)
     assert gone.sandbox.id == made.sandbox.id
     assert made.sandbox.id not in rest.daemon.guests()
+    rest.client.images.delete("mute")
 
 
 def test_who_goes_ends_their_command(rest: Rest, box: str) -> None:
@@ -124,7 +132,7 @@ def test_a_revoked_key_ends_what_is_under_way(rest: Rest, box: str) -> None:
     asker.start()
     rest.sh(box, "until [ -s /root/pid ]; do sleep 0.1; done")
     key_command(rest, "revoke", key.split("_")[1])
-    asker.join(60)
+    asker.join(300)
     assert (answers[0].status, answers[0].code) == (401, "INVALID_KEY")
     rest.sh(box, "while kill -0 $(cat /root/pid) 2>/dev/null; do sleep 0.1; done; rm /root/pid")
 
