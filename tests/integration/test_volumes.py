@@ -38,6 +38,7 @@ from stratabox.client import (
 )
 from stratabox.client.cli import cli
 from support import disks
+from support.agents import soon
 from support.daemon import DaemonProcess
 from support.waiting import watching
 
@@ -209,9 +210,10 @@ def test_at_creation_over_a_stop_and_a_reboot(
         assert "/ro" not in sh(box, "cat /proc/mounts")
         with watching(client, box.id) as events:
             assert next(events).sandbox.ready
-            sh(box, "sync; (sleep 0.2; reboot) >/dev/null 2>&1 &")
+            sh(box, "sync")
+            soon(box, "reboot")
             next(event for event in events if not event.sandbox.ready)
-        box = client.sandboxes.wait_ready(box.id, timeout=120)
+        box = client.sandboxes.wait_ready(box.id, timeout=300)
         assert sh(box, "cat /data/file; grep -c ' /data/below ext4 ' /proc/mounts") == "kept\n1"
 
 

@@ -1,4 +1,4 @@
-"""Guests whose agent is gone for good."""
+"""Guests whose agent is gone for good, or for a while."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ def kill_agent(process: DaemonProcess, sandbox: Sandbox) -> None:
         sandbox.execute("setsid /bin/sh -c 'kill -9 $(pidof qemu-ga)' >/dev/null 2>&1 </dev/null &")
     folder = process.state / "sandboxes" / sandbox.id
     wait_until(lambda: not _port_is_open(folder))
+
+
+def soon(sandbox: Sandbox, line: str) -> None:
+    """Have a guest do in a moment what takes its agent away: end, boot again, panic.
+
+    Whether the command that sees to it is heard to end before is chance.
+    """
+    with contextlib.suppress(AgentUnavailableError):
+        sandbox.execute(f"(usleep 200000; {line}) >/dev/null 2>&1 </dev/null &").check()
 
 
 def _port_is_open(folder: Path) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-from stratabox.client import Sandbox
+from stratabox.client import AgentUnavailableError, Sandbox
 
 _LIAR = Path(__file__).with_name("liar")
 
@@ -28,6 +29,7 @@ def teach(sandbox: Sandbox) -> None:
 
 def lie(sandbox: Sandbox, how: str) -> None:
     """Have a guest that was taught put itself in its agent's place, in a moment."""
-    sandbox.execute(
-        f"setsid sh -c 'sleep 0.3; exec /liar {how}' >/dev/null 2>&1 </dev/null &"
-    ).check()
+    with contextlib.suppress(AgentUnavailableError):  # it may be gone before it tells the end
+        sandbox.execute(
+            f"setsid sh -c 'sleep 0.3; exec /liar {how}' >/dev/null 2>&1 </dev/null &"
+        ).check()
