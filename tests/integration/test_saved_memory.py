@@ -71,14 +71,14 @@ class Kept:
 
 
 def digest(sandbox: Sandbox) -> str:
-    result = sandbox.execute("cat /ram/* | sha256sum", timeout=60)
+    result = sandbox.execute("cat /ram/* | sha256sum", timeout=300)
     assert result.exit_code == 0
     return result.stdout.decode()
 
 
 def write(sandbox: Sandbox, name: str, size: int = WRITTEN) -> None:
     line = f"head -c {size} /dev/urandom > /ram/{name}"
-    assert sandbox.execute(line, timeout=60).exit_code == 0
+    assert sandbox.execute(line, timeout=300).exit_code == 0
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +347,7 @@ def test_deleted_memory_goes_into_the_next_and_restores_go_on(kept: Kept) -> Non
             for number in (2, 1):
                 gone = kept.ram(number)
                 kept.client.snapshots.delete(kept.snapshots[number].id)
-                eventually(lambda gone=gone: gone.name not in files(), seconds=60)  # type: ignore[misc]
+                eventually(lambda gone=gone: gone.name not in files(), seconds=400)  # type: ignore[misc]
         finally:
             ended.set()
         assert restoring.result() > 0
@@ -365,7 +365,7 @@ def test_deleted_memory_goes_into_the_next_and_restores_go_on(kept: Kept) -> Non
         again = copy.snapshot(level="memory")
         expected = digest(copy)
         kept.client.snapshots.delete(kept.snapshots[0].id)
-        eventually(lambda: kept.ram(0).name not in files(), seconds=60)
+        eventually(lambda: kept.ram(0).name not in files(), seconds=400)
         with kept.client.snapshots.restore(again.id, verify=True) as copied:
             assert digest(copied) == expected
     kept.client.snapshots.delete(again.id)

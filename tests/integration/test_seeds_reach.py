@@ -19,7 +19,7 @@ from support.world import World, world
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces take root")
 
-LINE = "printf 'GET /whoami HTTP/1.0\\r\\n\\r\\n' | nc -w 10 pkg.test 80"
+LINE = "printf 'GET /whoami HTTP/1.0\\r\\n\\r\\n' | nc -w 60 pkg.test 80"
 REACHED = {f"{w.PACKAGES}:80", "pkg.test"}
 
 

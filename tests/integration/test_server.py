@@ -72,7 +72,7 @@ def test_other_addresses_are_refused(own_daemon: DaemonProcess, address: str) ->
         env=own_daemon.environment | {"STRATABOX_ADDRESS": address},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 2
@@ -86,7 +86,7 @@ def test_a_second_daemon_on_the_same_folder_is_refused(shared_daemon: DaemonProc
         env=shared_daemon.environment | {"STRATABOX_ADDRESS": f"{shared_daemon.address}.2"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.returncode != 0

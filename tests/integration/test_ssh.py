@@ -41,7 +41,7 @@ class User:
         environment |= {"STRATABOX_ADDRESS": self.address}
         environment |= {"XDG_CONFIG_HOME": str(self.home / "100% mine"), "HOME": str(self.home)}
         done = subprocess.run(
-            words, env=environment, input=stdin, capture_output=True, timeout=120, check=False
+            words, env=environment, input=stdin, capture_output=True, timeout=300, check=False
         )
         assert done.returncode == code, (words, done)
         return done

@@ -213,10 +213,10 @@ def test_events_are_of_its_own_alone(two: Two) -> None:
 
     with ThreadPoolExecutor() as pool:
         following = pool.submit(follow)
-        assert ready.wait(60)
+        assert ready.wait(300)
         for each in (two.bob, two.ann):
             each.client.sandboxes.update(each.things["sandbox"][0], metadata={"round": each.name})
-        following.result(60)
+        following.result(300)
     assert set(seen) == {"anns-box"}
 
 

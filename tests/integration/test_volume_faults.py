@@ -234,7 +234,7 @@ def restore(rig: Rig, point: str) -> Scenario:
     taken = rig.client.snapshots.create(rig.witness.id, level="memory")
     yield lambda: rig.client.snapshots.restore(taken.id, name="copy", wait_for_ready=True)
     (copy,) = rig.client.sandboxes.list(name="copy")
-    copy = rig.client.sandboxes.wait_ready(copy.id, timeout=60)
+    copy = rig.client.sandboxes.wait_ready(copy.id, timeout=300)
     assert devices(rig, copy.id) == set()
     assert [each.volume_name for each in copy.left_behind] == [name]
     assert " /v " not in copy.execute("cat /proc/mounts").check().stdout_text
@@ -282,7 +282,7 @@ CASES: list[tuple[str, Callable[[Rig, str], Scenario]]] = [
 )
 def test_killed(failing: Rig, point: str, scenario: Callable[[Rig, str], Scenario]) -> None:
     failing.calm()
-    failing.client.sandboxes.wait_ready(failing.witness.id, timeout=120)
+    failing.client.sandboxes.wait_ready(failing.witness.id, timeout=300)
     steps = scenario(failing, point)
     call = next(steps)
     failing.restart(f"{point}=kill")
@@ -338,7 +338,7 @@ def test_a_machine_of_before_there_were_volumes(failing: Rig) -> None:
     """It has no bus for them until it is started anew; nothing else of it changes."""
     failing.calm()
     old = failing.create()
-    failing.client.sandboxes.wait_ready(old.id, timeout=120)
+    failing.client.sandboxes.wait_ready(old.id, timeout=300)
     snapshot = failing.client.snapshots.create(old.id, level="memory")
     failing.client.close()
     failing.process.stop()
@@ -409,7 +409,7 @@ def test_a_volume_whose_file_is_gone_says_so(failing: Rig) -> None:
     away.rename(path)
     failing.restart()
     assert failing.client.volumes.get(volume.id).reason is None
-    failing.client.sandboxes.wait_ready(failing.witness.id, timeout=60)
+    failing.client.sandboxes.wait_ready(failing.witness.id, timeout=300)
     failing.client.sandboxes.attach_volume(failing.witness.id, volume.id, "/v")
     failing.client.sandboxes.detach_volume(failing.witness.id, volume.id)
     failing.client.volumes.delete_snapshot(taken.id)

@@ -24,13 +24,13 @@ until [ -s /mnt/test/now ]; do sleep 0.1; done
 
 def start(sandbox: Sandbox) -> None:
     """Start it, and wait until it counts."""
-    result = sandbox.execute(_COUNTER, timeout=60)
+    result = sandbox.execute(_COUNTER, timeout=300)
     assert result.exit_code == 0, result
 
 
 def now(sandbox: Sandbox) -> tuple[str, str, int]:
     """(pid, nonce, count) of the process."""
-    result = sandbox.execute("cat /mnt/test/now", timeout=60)
+    result = sandbox.execute("cat /mnt/test/now", timeout=300)
     assert result.exit_code == 0, result
     pid, nonce, count = result.stdout.decode().split()
     return pid, nonce, int(count)
@@ -40,10 +40,10 @@ def wait_on(sandbox: Sandbox) -> tuple[str, str, int]:
     """Wait until it has counted on; (pid, nonce, count) then."""
     before = now(sandbox)[2]
     line = f"while read -r pid nonce n < /mnt/test/now && [ $n -le {before} ]; do :; done"
-    assert sandbox.execute(line, timeout=60).exit_code == 0
+    assert sandbox.execute(line, timeout=300).exit_code == 0
     return now(sandbox)
 
 
 def is_gone(sandbox: Sandbox) -> bool:
     """Its guest has booted since."""
-    return sandbox.execute("test -e /mnt/test/now", timeout=60).exit_code != 0
+    return sandbox.execute("test -e /mnt/test/now", timeout=300).exit_code != 0

@@ -35,7 +35,7 @@ class Stream:
     def __init__(self, method: Any, envelope: Any, metadata: Any) -> None:
         self._envelope = envelope
         self._outgoing: queue.Queue[Any] = queue.Queue()
-        self.call = method(iter(self._outgoing.get, None), metadata=metadata, timeout=120)
+        self.call = method(iter(self._outgoing.get, None), metadata=metadata, timeout=300)
 
     def send(self, frame: Any) -> None:
         self._outgoing.put(self._envelope(frame=frame))

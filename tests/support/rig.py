@@ -20,7 +20,7 @@ from support import disks
 from support.daemon import DaemonProcess, daemon
 
 
-def eventually(fact: Callable[[], bool], seconds: float = 30, *, what: str = "") -> None:
+def eventually(fact: Callable[[], bool], seconds: float = 120, *, what: str = "") -> None:
     """Wait for what nobody tells: the state of processes, files and of a QEMU without a daemon."""
     deadline = time.monotonic() + seconds
     while not fact():
@@ -35,7 +35,8 @@ def wait_idle(process: DaemonProcess) -> None:
         " UNION ALL SELECT 1 FROM chain_hints"
         " UNION ALL SELECT 1 FROM layers WHERE state = 'garbage'"
     )
-    eventually(lambda: not process.rows(due), 60)
+    # They yield to everything else, and so may take long on a host that is busy.
+    eventually(lambda: not process.rows(due), 400)
 
 
 class Rig:
@@ -80,8 +81,8 @@ class Rig:
         wait_idle(self.process)
 
     def execute(self, line: str) -> ExecuteResult:
-        """Run a line in the witness, within twenty seconds."""
-        return self.client.sandboxes.execute(self.witness.id, line, timeout=20)
+        """Run a line in the witness; one that hangs is ended."""
+        return self.client.sandboxes.execute(self.witness.id, line, timeout=120)
 
     def mark(self) -> str:
         """Let the witness write something new to both its disks, and put it on the disk."""
@@ -142,7 +143,7 @@ class Rig:
                 # A job may just have put another layer in the place of one that was looked at.
                 if layers == self.process.rows("SELECT id FROM layers ORDER BY id"):
                     raise
-        self.client.sandboxes.wait_ready(self.witness.id, timeout=30)
+        self.client.sandboxes.wait_ready(self.witness.id, timeout=120)
         self.mark()
 
     def _check_sandbox(self, sandbox: Sandbox) -> None:

@@ -153,7 +153,7 @@ def ask(channel: grpc.Channel, key: str, method: MethodDescriptor, request: Mess
         f"/{method.containing_service.full_name}/{method.name}",
         request_serializer=lambda message: message.SerializeToString(),
     )
-    going = call(iter([request]), metadata=[("authorization", f"Bearer {key}")], timeout=60)
+    going = call(iter([request]), metadata=[("authorization", f"Bearer {key}")], timeout=300)
     try:
         first = next(going, b"")
     except grpc.RpcError as error:

@@ -20,7 +20,7 @@ from support.daemon import CACHE
 from support.tenki import Tenki
 
 SCRIPTS = Path(__file__).parents[1] / "integration" / "tenki"
-_SECONDS = 300
+_SECONDS = 500
 
 
 def run_python(tenki: Tenki, script: str, *words: str, **environment: str) -> str:

@@ -244,17 +244,16 @@ def note(what: str) -> None:
         log.write(f"{what}\n")
 
 
-def _answer_names() -> None:
+def _answer_names(names: socket.socket) -> None:
     import dns.flags
     import dns.message
     import dns.rcode
     import dns.rdatatype
     import dns.rrset
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind((sys.argv[3], 53))
+    with names:
         while True:
-            wire, sender = sock.recvfrom(4096)
+            wire, sender = names.recvfrom(4096)
             query = dns.message.from_wire(wire)
             name = query.question[0].name.to_text(omit_final_dot=True).lower()
             note(name)
@@ -266,7 +265,7 @@ def _answer_names() -> None:
                 reply.set_rcode(dns.rcode.NXDOMAIN)
             elif query.question[0].rdtype == dns.rdatatype.A:
                 reply.answer.append(dns.rrset.from_text(f"{target}.", 5, "IN", "A", *ZONE[target]))
-            sock.sendto(reply.to_wire(), sender)
+            names.sendto(reply.to_wire(), sender)
 
 
 def main() -> None:
@@ -275,7 +274,9 @@ def main() -> None:
     for port in PORTS:
         server = http.server.ThreadingHTTPServer(("0.0.0.0", port), _Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-    threading.Thread(target=_answer_names, daemon=True).start()
+    names = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    names.bind((sys.argv[3], 53))  # now: what is asked before the thread has begun waits there
+    threading.Thread(target=_answer_names, args=(names,), daemon=True).start()
     print("ready", flush=True)
     threading.Event().wait()
 

@@ -38,7 +38,7 @@ class Curl:
         for placeholder, value in ids.items():
             line = line.replace(f"{{{placeholder}}}", value)
         done = subprocess.run(
-            ["bash", "-c", line], capture_output=True, text=True, timeout=120, check=True
+            ["bash", "-c", line], capture_output=True, text=True, timeout=300, check=True
         )
         return json.loads(done.stdout)
 
@@ -113,7 +113,7 @@ def told(rest: Rest, box: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
     environment = {**os.environ, "AKIRA_API_KEY": rest.key, "AKIRA_BASE_URL": rest.url}
     done = subprocess.run(
         ["node", "run.mjs", str(HERE / "page"), box],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=550, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     yield json.loads((folder / "calls.json").read_text())

@@ -227,7 +227,7 @@ def test_commands(rest: Rest, box: str) -> None:
         "stderr_truncated": False,
         "timed_out": False,
     }
-    late = execute(command="echo begun; sleep 1000", timeout=0.5)
+    late = execute(command="echo begun; sleep 1000", timeout=3)
     assert late["timed_out"] is True
     assert late["stdout"] == "begun\n"
     assert execute(command="kill -9 $$")["signal"] == 9

@@ -32,7 +32,7 @@ def test_schemathesis_finds_no_violation(tmp_path: Path) -> None:
                 "--seed", "6",
                 "--continue-on-failure",
                 "--generation-database", ":memory:",
-                "--request-timeout", "60",
+                "--request-timeout", "300",
             ],
             cwd=tmp_path, capture_output=True, text=True, check=False,
         )  # fmt: skip

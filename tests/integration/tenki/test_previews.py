@@ -160,11 +160,11 @@ def test_both_sides_go_over_to_another_protocol(
 
 
 def test_an_end_of_its_own(tenki: Tenki, session: Session, box: Sandbox) -> None:
-    ends = datetime.now(UTC) + timedelta(seconds=2)
+    ends = datetime.now(UTC) + timedelta(seconds=4)
     made = expose(tenki, session, expires_at=ends, slug="short")
     assert made.expires_at.ToDatetime(UTC) == ends
     with raw(made.preview_url, "GET /none HTTP/1.1\r\nHost: {host}\r\n\r\n") as connection:
-        assert connection.recv(13) == b"HTTP/1.1 404 "
+        assert connection.makefile("rb").read(13) == b"HTTP/1.1 404 "
     eventually(lambda: datetime.now(UTC) >= ends)
     assert get(made.preview_url).status == 404
     listed = tenki.call(

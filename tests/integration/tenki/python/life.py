@@ -194,7 +194,7 @@ def pausing(client: Client, box: Sandbox) -> None:
     pid = sh(box, "sleep 100000 >/dev/null 2>&1 </dev/null & echo $!")
     box.pause_async()
     assert box.state in ("PAUSING", "PAUSED")
-    box.wait_paused(60)
+    box.wait_paused(300)
     assert client.get(box.id).info.paused_at
     with raises(tenki.InvalidStateError, "session is not running: state = PAUSED"):
         box.exec("true")

@@ -90,7 +90,7 @@ async def snapshots(client: AsyncClient, box: AsyncSandbox) -> None:
 
 async def pausing(box: AsyncSandbox) -> None:
     await box.pause_async()
-    await box.wait_paused(60)
+    await box.wait_paused(300)
     with raises(tenki.InvalidStateError, "state = PAUSED"):
         await box.fs.read_text("notes.txt")
     await box.resume()
