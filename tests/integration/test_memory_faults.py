@@ -21,7 +21,7 @@ from stratabox.client import (
 )
 from support import disks
 from support.daemon import small_disk
-from support.rig import Rig, eventually, rig
+from support.rig import Rig, eventually, rig, standing
 
 LEVEL = "memory"
 
@@ -50,17 +50,12 @@ def remembers(sandbox: Sandbox) -> bool:
 def test_qemu_is_killed_while_it_is_saved(failing: Rig, point: str) -> None:
     failing.calm()
     victim = victim_of(failing)
-    failing.restart(f"{point}=sleep:2")
-    before, folder = failing.process.layers(), failing.process.state / "sandboxes" / victim.id
-    reached = {
-        "snapshot.overlays-made": lambda: failing.process.layers() != before,
-        "snapshot.switched": lambda: disks.status(folder) == "paused",
-        "snapshot.memory-saved": lambda: any((failing.process.state / "ram").glob("*.state")),
-    }
+    reached = failing.process.folder / "reached"
+    failing.restart(f"{point}=hold:{reached}")
     with ThreadPoolExecutor(1) as pool:
         taking = pool.submit(failing.client.snapshots.create, victim.id, name=point, level=LEVEL)
-        eventually(reached[point])
-        failing.process.kill_guest(victim.id)
+        with standing(reached):
+            failing.process.kill_guest(victim.id)
         error = taking.exception()
     snapshot = failing.snapshot_named(point)
     if point == "snapshot.memory-saved":
@@ -82,13 +77,14 @@ def test_qemu_is_killed_while_it_is_restored(failing: Rig) -> None:
     failing.calm()
     victim = victim_of(failing)
     snapshot = victim.snapshot(level=LEVEL)
-    failing.restart("boot.started=sleep:2")
+    reached = failing.process.folder / "reached"
+    failing.restart(f"boot.started=hold:{reached}")
     known = set(failing.process.guests())
     with ThreadPoolExecutor(1) as pool:
         restoring = pool.submit(failing.client.snapshots.restore, snapshot.id)
-        eventually(lambda: set(failing.process.guests()) != known)
-        (new,) = set(failing.process.guests()) - known
-        failing.process.kill_guest(new)
+        with standing(reached):
+            (new,) = set(failing.process.guests()) - known
+            failing.process.kill_guest(new)
         assert isinstance(restoring.exception(), StrataboxError)
     failing.restart()
     failing.check()

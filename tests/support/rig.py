@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,22 @@ def eventually(fact: Callable[[], bool], seconds: float = 120, *, what: str = ""
     while not fact():
         assert time.monotonic() < deadline, what
         time.sleep(0.02)
+
+
+def age_of(pid: int) -> float:
+    """Seconds since a process was started."""
+    started = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def standing(mark: Path) -> Iterator[None]:
+    """While the daemon stands still at the failpoint that is armed with `hold:MARK`."""
+    eventually(mark.exists, 60, what=f"{mark.name} was not reached")
+    try:
+        yield
+    finally:
+        mark.unlink()
 
 
 def wait_idle(process: DaemonProcess) -> None:

@@ -6,6 +6,7 @@ import ast
 import errno
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from stratabox.storage import failpoints
 from stratabox.storage.failpoints import NAMES, hit
+from support.rig import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,6 +82,19 @@ def test_a_failure_can_be_counted(arm: Callable[[str], None]) -> None:
     hit("image.built")
 
 
+def test_a_point_can_stand_still(arm: Callable[[str], None], tmp_path: Path) -> None:
+    reached = tmp_path / "reached"
+    arm(f"image.built=hold:{reached}")
+    passing = threading.Thread(target=hit, args=("image.built",))
+    passing.start()
+    eventually(reached.exists)
+    assert passing.is_alive()
+    reached.unlink()
+    passing.join()
+    hit("image.built")  # the first time only
+    assert not reached.exists()
+
+
 def test_kill_is_a_kill() -> None:
     script = (
         "from stratabox.storage import failpoints as f; import atexit;"
@@ -97,6 +112,7 @@ def test_kill_is_a_kill() -> None:
         "create.row-writen=kill", "=kill", "kill", "create.row-written=sleep",
         "create.row-written=sleep:", "create.row-written=sleep:soon", "create.row-written=sleep:-1",
         "create.row-written=sleep:nan", "create.row-written=kill ", " create.row-written=kill",
+        "create.row-written=hold", "create.row-written=hold:here", "create.row-written=hold:",
         "create.row-written=error:", "create.row-written=error:0", "create.row-written=kill:0",
         "create.row-written=kill=kill", "sweep.unlinked=error,no.such=kill",
     ],

@@ -16,6 +16,9 @@ In production this is one dictionary look-up in an empty dictionary. A test sets
     the first N times only: what is tried again then goes well.
 ``sleep:SECONDS``
     wait (in a thread or before the event loop goes on), to widen a race.
+``hold:PATH``
+    stand still, the first time: an empty file at PATH (absolute) says that it was reached, and it
+    goes on once somebody has removed that.
 
 The names are listed so that one test can go through all of them; hitting a name that is not
 listed is an error in our own code.
@@ -28,6 +31,7 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 
 ENVIRONMENT = "STRATABOX_FAILPOINTS"
 
@@ -35,7 +39,10 @@ NAMES: tuple[str, ...] = ()
 """Every failpoint; filled in below, grouped by operation."""
 
 _armed: dict[str, str] = {}
-_ACTION = re.compile(r"kill(:[1-9][0-9]*)?|(error|nospace)(:[1-9][0-9]*)?|sleep:[0-9]+(\.[0-9]+)?")
+_ACTION = re.compile(
+    r"kill(:[1-9][0-9]*)?|(error|nospace)(:[1-9][0-9]*)?|sleep:[0-9]+(\.[0-9]+)?|hold:/.+"
+)
+_LOOK_SECONDS = 0.01
 _ERRORS = {"error": errno.EIO, "nospace": errno.ENOSPC}
 
 
@@ -71,12 +78,21 @@ def hit(name: str) -> None:
         _armed[name] = f"{action}:{int(argument) - 1}"
     elif action == "sleep":
         time.sleep(float(argument))
+    elif action == "hold":
+        del _armed[name]
+        _hold(Path(argument))
     else:
         if argument == "1":
             del _armed[name]
         elif argument:
             _armed[name] = f"{action}:{int(argument) - 1}"
         raise OSError(_ERRORS[action], f"failpoint {name}")
+
+
+def _hold(mark: Path) -> None:
+    mark.touch()
+    while mark.exists():
+        time.sleep(_LOOK_SECONDS)
 
 
 NAMES += (
