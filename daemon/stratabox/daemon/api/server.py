@@ -232,6 +232,7 @@ class Server:
         else:
             self._relay.close()
         if not await _within(grace, self._finish()):
+            log.warning("calls that were not over within %g s are broken off", grace)
             self._gate.end_all()
             await _within(_FAREWELL_SECONDS, self._finish())
         self._local_door.close()
