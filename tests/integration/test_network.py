@@ -9,7 +9,6 @@ import signal
 import sqlite3
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,10 +24,11 @@ from stratabox.client import (
     Sandbox,
     SandboxState,
 )
+from stratabox.daemon.lifecycle.running.wiring import SHORT_LIFE
 from support import world as w
 from support.daemon import DaemonProcess, daemon
 from support.images import add_tiny
-from support.rig import eventually
+from support.rig import age_of, eventually
 from support.world import World, world
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces take root")
@@ -137,11 +137,9 @@ def test_a_scan_from_inside_finds_nothing_that_is_walled_off(
         f" | sed 's/^/{address} /'; done"
         for address in FORBIDDEN
     )
-    started = time.monotonic()
-    result = box.execute(scan, timeout=GIVE_UP)
-    assert time.monotonic() - started < GIVE_UP / 2
+    result = box.execute(scan, timeout=4 * GIVE_UP)
     told = result.stdout.decode().splitlines()
-    assert len(told) == 6 * len(FORBIDDEN), "each was refused at once, none timed out"
+    assert len(told) == 6 * len(FORBIDDEN), "each was refused, none timed out"
     assert [line for line in told if "refused" not in line] == []
     assert net.reached() == []
     # Nor does a name lead there, and a name server elsewhere is refused.
@@ -188,7 +186,7 @@ def test_a_change_is_there_at_once(box: Sandbox, net: World) -> None:
     line = f"printf 'GET /drip HTTP/1.0\\r\\n\\r\\n' | nc {w.PACKAGES} 80 >/tmp/drip; echo over"
     told: list[bytes] = []
     dripping = threading.Thread(
-        target=lambda: told.append(box.execute(line, timeout=GIVE_UP).stdout)
+        target=lambda: told.append(box.execute(line, timeout=4 * GIVE_UP).stdout)
     )
     dripping.start()
     eventually(
@@ -211,7 +209,12 @@ def test_a_change_is_there_at_once(box: Sandbox, net: World) -> None:
     with pytest.raises(InvalidArgumentError, match="never reached"):
         box.update(network=["127.0.0.1"])
     assert box.update(network="none").network == Network(mode=NetworkMode.NONE)
-    assert box.execute("cat /sys/class/net/eth0/carrier").stdout == b"0\n"
+    # QEMU has told the card; the guest takes it in by itself.
+    eventually(
+        lambda: box.execute("cat /sys/class/net/eth0/carrier").stdout == b"0\n",
+        GIVE_UP,
+        what="no carrier",
+    )
     assert fetch(box, w.ELSEWHERE).startswith("!")
     box.update(network="egress")
     assert fetch(box, w.ELSEWHERE) == w.ELSEWHERE
@@ -313,9 +316,8 @@ def test_memory_of_before_there_was_a_network_goes_on_without(
 
 def test_a_helper_that_dies_is_replaced(box: Sandbox, process: DaemonProcess) -> None:
     old = helpers(process)[box.id]
-    age = time.time() - Path(f"/proc/{old}").stat().st_mtime
-    if age < 11:
-        time.sleep(11 - age)  # one that lives too short is not: see lifecycle.running.wiring
+    # One that lives too short is not.
+    eventually(lambda: age_of(old) > SHORT_LIFE + 1, GIVE_UP)
     os.kill(old, signal.SIGKILL)
     eventually(lambda: helpers(process).get(box.id, old) != old, GIVE_UP, what="another one")
     eventually(lambda: fetch(box, w.PACKAGES) == w.PACKAGES, GIVE_UP, what="which works")
