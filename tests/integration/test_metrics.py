@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +21,7 @@ from stratabox.client import (
     SandboxState,
 )
 from support.daemon import DaemonProcess
+from support.rig import age_of, eventually
 from support.waiting import killed_at_last
 
 Shell = Callable[[Sandbox, str], str]
@@ -38,13 +38,14 @@ def of(client: Client, sandbox: str) -> Iterator[SandboxMetrics]:
 def test_what_a_guest_uses(
     shared_daemon: DaemonProcess, client: Client, module_box: Sandbox, sh: Shell
 ) -> None:
+    pid = shared_daemon.guests()[module_box.id]
+    at_least = age_of(pid)
     before = module_box.metrics()
     assert (before.sandbox_id, before.name) == (module_box.id, module_box.name)
     assert (before.state, before.cpus, before.memory) == (SandboxState.RUNNING, 1, 256)
     assert before.process is not None
     assert before.process.cpu_share is not None
-    assert before.process.uptime > timedelta(seconds=1)
-    pid = shared_daemon.guests()[module_box.id]
+    assert at_least < before.process.uptime.total_seconds() < age_of(pid)
     status = Path(f"/proc/{pid}/status").read_text()
     rss = int(status.split("VmRSS:")[1].split()[0]) << 10
     assert abs(before.process.rss_bytes - rss) < 64 * MIB
@@ -73,18 +74,19 @@ def test_what_a_guest_uses(
 def test_the_share_follows_the_load(client: Client, module_box: Sandbox, sh: Shell) -> None:
     sh(module_box, "(while :; do :; done) >/dev/null 2>&1 & echo $! >/tmp/busy")
     samples = of(client, module_box.id)
-    busy = [next(samples) for _ in range(4)]
+    first = next(samples)
+    assert first.process is not None
+    assert first.process.cpu_share is None  # nothing to compare with yet
+
+    def share() -> float:
+        process = next(samples).process
+        assert process is not None
+        return process.cpu_share or 0
+
+    # Other guests on this host may leave it little, now and then.
+    eventually(lambda: share() > 0.2, 60)
     sh(module_box, "kill $(cat /tmp/busy)")
-    assert busy[0].process is not None
-    assert busy[0].process.cpu_share is None  # nothing to compare with yet
-    shares = [one.process.cpu_share or 0 for one in busy[1:] if one.process]
-    assert max(shares) > 0.2
-    deadline = time.monotonic() + 30
-    for one in samples:
-        assert one.process is not None
-        if (one.process.cpu_share or 0) < max(shares) / 2:
-            break
-        assert time.monotonic() < deadline
+    eventually(lambda: share() < 0.1, 60)
     samples.close()  # type: ignore[attr-defined]
 
 

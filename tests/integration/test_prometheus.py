@@ -25,6 +25,7 @@ from support.certificates import Authority
 from support.daemon import DaemonProcess, daemon
 from support.doors import free_port, run
 from support.rest import make_key
+from support.rig import eventually
 
 pytestmark = pytest.mark.guest
 
@@ -96,6 +97,8 @@ def test_what_happens_is_counted(watched: Watched) -> None:
     copy = client.snapshots.restore(memory.id)
     with pytest.raises(SandboxNotFoundError):
         client.sandboxes.get("nobody")
+    # What is there is looked at once a second at most; what has happened is counted at once.
+    eventually(lambda: of(watched.samples(), "stratabox_sandboxes", state="running") == 2)
     after = watched.samples()
 
     def grew(name: str, **labels: str) -> float:
