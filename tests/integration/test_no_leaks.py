@@ -14,7 +14,7 @@ import pytest
 from stratabox.client import Client
 from support import disks
 from support.daemon import LAUNCHER, DaemonProcess, daemon
-from support.rig import eventually
+from support.rig import eventually, wait_idle
 
 CYCLES = 30
 SNAPSHOTS = 20
@@ -27,7 +27,9 @@ TABLES = (
 
 @pytest.fixture(scope="module")
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    with daemon(tmp_path_factory.mktemp("leaks")) as process:
+    # No chain is flattened meanwhile: QEMU would hold less of it.
+    settings = {"STRATABOX_CHAINS_MAX_DEPTH": "128"}
+    with daemon(tmp_path_factory.mktemp("leaks"), settings) as process:
         yield process
 
 
@@ -116,8 +118,9 @@ def children(process: DaemonProcess) -> list[str]:
 
 
 def files(process: DaemonProcess) -> set[str]:
-    """Every file and folder of the state folder."""
-    return {str(path.relative_to(process.state)) for path in process.state.rglob("*")}
+    """Every file and folder of the state folder, but the backups: they come by the clock."""
+    found = {path.relative_to(process.state) for path in process.state.rglob("*")}
+    return {str(path) for path in found if path.parts[0] != "backups"}
 
 
 def rows(process: DaemonProcess) -> dict[str, int]:
@@ -130,6 +133,7 @@ def test_cycles_leave_nothing(process: DaemonProcess, client: Client) -> None:
         cycle(client)
     # What ends the last calls may linger for a moment.
     eventually(lambda: tasks(process) == standing())
+    wait_idle(process)
     before = files(process), rows(process)
     opened, threads = descriptors(process), count_threads(process)
     for _ in range(CYCLES):
@@ -137,9 +141,11 @@ def test_cycles_leave_nothing(process: DaemonProcess, client: Client) -> None:
     process.check_consistent()
     eventually(lambda: tasks(process) == standing())
     eventually(lambda: descriptors(process) <= opened)
+    wait_idle(process)
     assert (files(process), rows(process)) == before
-    assert count_threads(process) <= threads + 2  # gRPC's pool breathes
-    assert children(process) == []
+    # Pools breathe, and grow on a busy host. A leak would be one in each cycle.
+    assert count_threads(process) < threads + CYCLES // 2
+    eventually(lambda: children(process) == [])
     assert process.guests() == {}
 
 
