@@ -84,9 +84,9 @@ def test_the_share_follows_the_load(client: Client, module_box: Sandbox, sh: She
         return process.cpu_share or 0
 
     # Other guests on this host may leave it little, now and then.
-    eventually(lambda: share() > 0.2, 60)
+    eventually(lambda: share() > 0.2)
     sh(module_box, "kill $(cat /tmp/busy)")
-    eventually(lambda: share() < 0.1, 60)
+    eventually(lambda: share() < 0.1)
     samples.close()  # type: ignore[attr-defined]
 
 

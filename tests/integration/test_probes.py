@@ -207,10 +207,10 @@ async def test_checks_without_sshd(bare: Running) -> None:
     async def status(path: str) -> str:
         return await checks.http_status_line(bare.agent, 8080, path, 3)
 
-    assert not await checks.port_listens(bare.agent, 8080, 10)
+    assert not await checks.port_listens(bare.agent, 8080, 60)
     assert await status("/") == ""
     await bare.sh("mkdir /web; touch '/web/a b'; httpd -p 127.0.0.1:8080 -h /web")
-    assert await checks.port_listens(bare.agent, 8080, 10)
-    assert not await checks.port_listens(bare.agent, 808, 10)
+    assert await checks.port_listens(bare.agent, 8080, 60)
+    assert not await checks.port_listens(bare.agent, 808, 60)
     assert " 200 " in await status("/a%20b")
     assert " 404 " in await status("/$(reboot)")

@@ -206,7 +206,7 @@ def test_long_calls_are_told(place: Place) -> None:
         calls["stream"] = threads.submit(stream.wait)
         by_rest = threads.submit(place.execute_by_rest, sleep.format("rest"))
         wanted = "cd /root && test -e stream -a -e socket -a -e tcp -a -e rest"
-        eventually(lambda: box.execute(wanted).exit_code == 0, 60)
+        eventually(lambda: box.execute(wanted).exit_code == 0)
 
         def make() -> Volume:
             return client.volumes.create("late", size_bytes=64 << 20, idempotency_key="late")
