@@ -59,7 +59,8 @@ def test_rules_are_kept_in_their_own_words(text: str, kept: str) -> None:
         "example.org:http", "10.1.2.3/16", "10.0.0.300", "10.0.0.0/33", "1.2.3", "::1", "[::1]:80",
         "2001:db8::/32", "127.0.0.1", "127.0.0.0/8", "0.0.0.0", "224.0.0.1", "255.255.255.255",
         "10.0.2.2", "10.0.2.0/24", "example.org:" + ",".join(map(str, range(1, 40))), "a" * 10_000,
-        "example.org\n", "exam\0ple.org", "\uff11\uff10.0.0.1",
+        "example.org\n", "exam\0ple.org", "\uff11\uff10.0.0.1", "PUBLIC", "public.", "Public:80",
+        "\uff50ublic",
     ],
 )  # fmt: skip
 def test_what_can_be_no_rule_is_told(text: str) -> None:

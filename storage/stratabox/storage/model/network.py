@@ -190,6 +190,8 @@ def _domain(text: str, target: str) -> str:
         raise _wrong(text, "it is no domain name, CIDR or 'public'")
     if labels[-1].isdecimal():
         raise _wrong(text, "it is neither an address nor a domain name")
+    if name == PUBLIC and not wild:  # kept as a domain it would be read as the word next time
+        raise _wrong(text, f"no domain is called so; every public address is {PUBLIC!r}")
     return f"*.{name}" if wild else name
 
 
