@@ -25,6 +25,7 @@ from stratabox.client import (
     SnapshotState,
 )
 from support.daemon import DaemonProcess
+from support.rig import wait_idle
 from support.stored import wait_until
 from support.waiting import watching
 
@@ -225,6 +226,8 @@ def test_every_change_of_a_snapshot_is_told_once(
 
     last = sandbox.snapshot(quick=True)
     sandbox.delete()
+    # Now the first one's layer has gone into the last one's, and nothing else comes and goes.
+    wait_idle(shared_daemon)
     held = shared_daemon.layers() - {f"{_layer_of(shared_daemon, other.id)}.qcow2"}
     before = _bytes(shared_daemon)
     deletion = client.snapshots.delete(last.id)
@@ -279,21 +282,25 @@ def test_a_deadline_ends_the_waiting_and_not_the_snapshot(
     client: Client, module_box: Sandbox, sh: Shell
 ) -> None:
     hook = "/etc/qemu/fsfreeze-hook.d/slow"
-    sh(module_box, f"printf '#!/bin/sh\\n[ $1 = thaw ] || sleep 2\\n' >{hook}; chmod +x {hook}")
-    with Client(client.address, timeout=0.5) as hasty:
-        with pytest.raises(DeadlineExceededError):
+    line = "[ $1 = thaw ] || until [ -e /run/go-on ]; do usleep 20000; done"
+    sh(module_box, f"printf '#!/bin/sh\\n{line}\\n' >{hook}; chmod +x {hook}")
+    # The agent does nothing else meanwhile; what was begun before goes on.
+    with module_box.spawn("read line; touch /run/go-on", stdin=True) as process:
+        with Client(client.address, timeout=2) as hasty, pytest.raises(DeadlineExceededError):
             hasty.snapshots.create(module_box.id, name="goes on", level="application")
-        snapshot = hasty.snapshots.get("goes on")
+        snapshot = client.snapshots.get("goes on")
         assert snapshot.state is SnapshotState.CREATING
         with pytest.raises(DeadlineExceededError):
-            hasty.snapshots.wait_ready(snapshot.id, timeout=0.1)
+            client.snapshots.wait_ready(snapshot.id, timeout=0.1)
+        process.write(b"\n")
+        assert process.wait().ok
     ready = client.snapshots.wait_ready(snapshot.id, timeout=60)
     assert (ready.state, ready.consistency) == ("ready", "application")
     # Not waiting at all comes to the same.
     begun = module_box.snapshot(wait=False)
     assert begun.state is SnapshotState.CREATING
     assert client.snapshots.wait_ready(begun.id).state is SnapshotState.READY
-    sh(module_box, f"rm {hook}")
+    sh(module_box, f"rm {hook} /run/go-on")
     for one in (begun, ready):
         client.snapshots.delete(one.id)
 

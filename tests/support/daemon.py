@@ -79,10 +79,35 @@ class DaemonProcess:
         self, *, failpoints: str = "", environment: Mapping[str, str] | None = None
     ) -> Client:
         """Start the daemon and return a client for it once it serves."""
+        process = self._process = self._launch(failpoints, environment)
+        deadline = time.monotonic() + _SECONDS
+        while True:
+            if process.poll() is not None:
+                self._process = None
+                raise AssertionError(f"the daemon ended:\n{self.log.read_text()}")
+            client = Client(self.address)
+            # The socket of a daemon that was killed lies there too: only an answer counts.
+            with contextlib.suppress(Exception):
+                if client.host().pid == process.pid:
+                    return client
+            client.close()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+
+    def start_to_die(self, failpoints: str) -> None:
+        """Start a daemon that kills itself there without a call, be it before it has answered one,
+        and see it gone.
+        """
+        self._process = self._launch(failpoints, None)
+        self.wait_killed()
+
+    def _launch(
+        self, failpoints: str, environment: Mapping[str, str] | None
+    ) -> subprocess.Popen[bytes]:
         assert self._process is None
         extra = {"STRATABOX_FAILPOINTS": failpoints, **(environment or {})}
         with self.log.open("ab") as output:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 [*self.wrapper, sys.executable, "-m", "stratabox.daemon"],
                 env=self.environment | extra,
                 stdin=subprocess.DEVNULL,
@@ -90,19 +115,6 @@ class DaemonProcess:
                 stderr=output,
                 pass_fds=() if self._handed is None else (self._handed.fileno(),),
             )
-        deadline = time.monotonic() + _SECONDS
-        while True:
-            if self._process.poll() is not None:
-                self._process = None
-                raise AssertionError(f"the daemon ended:\n{self.log.read_text()}")
-            client = Client(self.address)
-            # The socket of a daemon that was killed lies there too: only an answer counts.
-            with contextlib.suppress(Exception):
-                if client.host().pid == self._process.pid:
-                    return client
-            client.close()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.05)
 
     @property
     def runs(self) -> bool:

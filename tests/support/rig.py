@@ -157,7 +157,9 @@ class Rig:
                 self._check_seals()
                 break
             except (FileNotFoundError, subprocess.CalledProcessError):
-                # A job may just have put another layer in the place of one that was looked at.
+                # A job may just have put another layer in the place of one that was looked at. A
+                # file goes before its row does.
+                self.idle()
                 if layers == self.process.rows("SELECT id FROM layers ORDER BY id"):
                     raise
         self.client.sandboxes.wait_ready(self.witness.id, timeout=120)
