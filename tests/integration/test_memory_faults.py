@@ -36,12 +36,12 @@ def victim_of(rig: Rig) -> Sandbox:
     """A guest with something in its memory."""
     victim = rig.create()
     victim.wait_ready(timeout=120)
-    assert victim.execute("echo kept > /run/kept", timeout=20).exit_code == 0
+    assert victim.execute("echo kept > /run/kept", timeout=60).exit_code == 0
     return victim
 
 
 def remembers(sandbox: Sandbox) -> bool:
-    return sandbox.execute("cat /run/kept", timeout=20).stdout == b"kept\n"
+    return sandbox.execute("cat /run/kept", timeout=60).stdout == b"kept\n"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_the_guest_ends_or_resets_at_that_moment(failing: Rig, order: str) -> No
         victim = victim_of(failing)
         line = f"sync; setsid sh -c 'sleep {delay}; {order}' >/dev/null 2>&1 </dev/null &"
         with contextlib.suppress(StrataboxError):  # it can be quicker than the answer
-            victim.execute(line, timeout=20)
+            victim.execute(line, timeout=60)
         try:
             snapshot = victim.snapshot(level=LEVEL)
         except StrataboxError:
@@ -141,7 +141,7 @@ def test_no_space_while_memory_is_saved(tmp_path: Path) -> None:
         state = process.state
         client.images.build_tiny()
         victim = client.sandboxes.create(image="tiny", memory=256)
-        victim.execute("echo kept > /run/kept", timeout=20)
+        victim.execute("echo kept > /run/kept", timeout=60)
         free = shutil.disk_usage(state).free
         filler = state / "filler"
         with filler.open("wb") as file:

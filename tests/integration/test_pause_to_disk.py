@@ -96,7 +96,7 @@ def flip_the_last_bit(content: bytearray) -> None:
 
 def test_it_goes_on_where_it_was(counted: Rig, box: Sandbox) -> None:
     pid, nonce, count = counting.now(box)
-    box.execute("echo on-disk > /file && sync", timeout=20)
+    box.execute("echo on-disk > /file && sync", timeout=60)
     sizes = []
     for _ in range(2):
         parked = box.pause(to_disk=True)
@@ -368,7 +368,7 @@ def test_a_slow_one_holds_up_nobody(counted: Rig, box: Sandbox) -> None:
     slow = counted.client.snapshots.restore("counted", on_timeout="pause")
     # It agrees to shut down and does not, so that its stop takes all the time that it is given.
     line = "echo '#!/bin/sh' > /tmp/no; chmod +x /tmp/no; mount -o bind /tmp/no /sbin/shutdown"
-    assert slow.execute(line, timeout=20).exit_code == 0
+    assert slow.execute(line, timeout=60).exit_code == 0
     with ThreadPoolExecutor(1) as pool:
         stopping = pool.submit(slow.stop, timeout=15)
         for each in (slow, box):

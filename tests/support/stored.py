@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
 import stat
 import subprocess
 import time
 from collections.abc import Callable, Collection
+from datetime import UTC, datetime
 from pathlib import Path
 
+from stratabox.storage.catalog import rams
+from stratabox.storage.catalog.database import Transaction
 from support import disks
 from support.daemon import DaemonProcess
+from support.rig import wait_idle
 
 
 class Stored:
@@ -72,13 +77,28 @@ class Stored:
         needed = {str(name) for name, is_needed in rows if is_needed}
         return {str(name) for name, _ in rows} - needed | files - needed
 
-    def bytes_on_disk(self) -> int:
-        """What layers and saved memory take."""
-        taken = 0
+    def taken(self) -> dict[Path, int]:
+        """Files of layers and saved memory → what they take on the disk."""
+        found = {}
         for path in (*self._folder.iterdir(), *(self._process.state / "ram").iterdir()):
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-                taken += path.stat().st_blocks * 512
-        return taken
+                found[path] = path.stat().st_blocks * 512
+        return found
+
+    def bytes_on_disk(self) -> int:
+        """What layers and saved memory take."""
+        return sum(self.taken().values())
+
+    def wait_settled(self) -> None:
+        """Wait until nothing is merged in the background, nor will be unless something changes."""
+        wait_idle(self._process)
+        wait_until(lambda: not self._merges_memory())
+
+    def _merges_memory(self) -> bool:
+        with contextlib.closing(sqlite3.connect(self._process.state / "catalog.db")) as catalog:
+            catalog.row_factory = sqlite3.Row
+            tx = Transaction(catalog, datetime.now(UTC))
+            return bool(rams.merges(tx) or rams.garbage(tx))
 
     def _layer(self, table: str, column: str, record: str, index: int) -> Path:
         ((layer,),) = self._process.rows(
