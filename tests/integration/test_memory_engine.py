@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -20,7 +21,7 @@ from stratabox.daemon.hypervisor.memory.save import Base
 from stratabox.storage.files.memory.chain import OpenChain, merge, put_in_place
 from stratabox.storage.files.memory.format import verify
 from stratabox.storage.files.memory.sealed import write_state
-from stratabox.storage.model.errors import FailedError, InternalError
+from stratabox.storage.model.errors import FailedError, InternalError, UnavailableError
 from support.bench import Bench, Running, make_bench, running
 from support.memory import Memories, differing_pages
 
@@ -64,12 +65,22 @@ async def guest(bench: Bench) -> AsyncIterator[Running]:
 
 
 async def start_counter(guest: Running) -> None:
-    await guest.sh(f"setsid sh -c '{COUNTER}' >/dev/null 2>&1 & sleep 0.3")
+    await guest.sh(
+        f"setsid sh -c '{COUNTER}' >/dev/null 2>&1 & until [ -s /run/count ]; do sleep 0.1; done"
+    )
 
 
 async def count(guest: Running) -> tuple[int, str, int]:
     pid, nonce, number = (await guest.sh("cat /run/count")).split()
     return int(pid), nonce, int(number)
+
+
+async def counts_on(guest: Running, number: int) -> None:
+    """Wait until it has counted beyond a number."""
+    await guest.sh(
+        f"while read -r pid nonce n </run/count && [ $n -le {number} ]; do sleep 0.05; done"
+    )
+    assert (await count(guest))[2] > number
 
 
 async def fill(guest: Running, name: str, mib: int = 32) -> str:
@@ -93,7 +104,7 @@ async def test_a_process_goes_on_through_two_generations(
         pid, nonce, number = await count(second)
         assert (pid, nonce) == before[:2]
         assert number >= before[2]
-        assert (await count(second))[2] > number
+        await counts_on(second, number)
         assert await second.sh("cat /disk") == "first"
         await second.sh("echo second >/disk && sync")
         later = await count(second)
@@ -235,14 +246,22 @@ async def test_a_restored_guest_can_be_rebooted(guest: Running, memories: Memori
 
 
 async def reboot(guest: Running) -> None:
-    boot = "cat /proc/sys/kernel/random/boot_id"
-    before = await guest.sh(boot)
+    before = await boot_id(guest)
     await guest.sh("(sleep 0.5; reboot -f) >/dev/null 2>&1 &")
-    await asyncio.sleep(2)
-    guest.agent.port_changed(is_open=False)
-    await guest.agent.wait_ready(120)
-    assert await guest.sh(boot) != before
+    async with asyncio.timeout(180):
+        while True:
+            if await boot_id(guest) not in (before, None):
+                break
+            await asyncio.sleep(0.1)
     assert await guest.sh("ls /big") == ""
+
+
+async def boot_id(guest: Running) -> str | None:
+    """None while nobody answers."""
+    try:
+        return await guest.sh("cat /proc/sys/kernel/random/boot_id")
+    except UnavailableError:
+        return None
 
 
 async def test_clones_share_what_they_do_not_write(guest: Running, memories: Memories) -> None:
@@ -279,7 +298,7 @@ def private_bytes(where: mapping.RamMapping) -> int:
 
 
 async def test_a_save_that_fails_leaves_the_guest_running(
-    guest: Running, memories: Memories
+    guest: Running, memories: Memories, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await start_counter(guest)
     first = await memories.take(guest, FRESH)
@@ -293,13 +312,26 @@ async def test_a_save_that_fails_leaves_the_guest_running(
     assert await guest.domain.status() == "running"
     assert len(list(memories.folder.iterdir())) == 2
     number = (await count(guest))[2]
-    taking = asyncio.create_task(memories.take(guest, FRESH))
-    await asyncio.sleep(0.05)
-    taking.cancel()
-    await asyncio.wait((taking,))
+    # Cancelled right before the pause, where it stands still until then.
+    begun, cancelled = asyncio.Event(), threading.Event()
+    loop, expect = asyncio.get_running_loop(), copying.RamCopy.expect
+
+    def stand_still(copy: copying.RamCopy, size: int) -> None:
+        loop.call_soon_threadsafe(begun.set)
+        cancelled.wait(60)
+        expect(copy, size)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(copying.RamCopy, "expect", stand_still)
+        taking = asyncio.create_task(memories.take(guest, FRESH))
+        await begun.wait()
+        taking.cancel()
+        cancelled.set()
+        await asyncio.wait((taking,))
+    assert taking.cancelled()
     assert await guest.domain.status() == "running"
     assert len(list(memories.folder.iterdir())) == 2
-    assert (await count(guest))[2] > number
+    await counts_on(guest, number)
     # What the failed ones took is not lost: nothing is trusted any more but the process itself.
     kept = await memories.take(guest, FRESH)
     async with memories.restored(guest, kept) as restored:
