@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stratabox.client._requests import mount
@@ -93,13 +93,13 @@ def claim(
         claims.claim(tx, sandbox, wish, ATTACHED)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(holders=st.lists(st.booleans(), max_size=5), wanted=st.booleans())
 def test_one_writer_or_any_number_of_readers(
-    tmp_path_factory: pytest.TempPathFactory, holders: list[bool], wanted: bool
+    catalog: Catalog, holders: list[bool], wanted: bool
 ) -> None:
     """Whoever comes in whatever order, what is let in fits what is there; True: to read."""
-    catalog = Catalog(tmp_path_factory.mktemp("claims") / "catalog.db")
-    volume = add_volume(catalog, "v")
+    volume = add_volume(catalog, mint())
     inside: list[bool] = []
     for number, read_only in enumerate([*holders, wanted]):
         box = add_sandbox(catalog, f"box {number}")
@@ -110,7 +110,6 @@ def test_one_writer_or_any_number_of_readers(
             with pytest.raises(DeniedError, match=r"'box \d'") as refused:
                 claim(catalog, box, volume, read_only=read_only)
             assert refused.value.reason == "VOLUME_IN_USE"
-    catalog.close()
 
 
 def test_the_schema_itself_allows_one_writer_only(catalog: Catalog) -> None:
