@@ -64,7 +64,7 @@ def number(sh: Shell, sandbox: Sandbox) -> int:
 def writes_on(sh: Shell, sandbox: Sandbox) -> None:
     """See it write two numbers more, and find everything where its RAM says."""
     start = number(sh, sandbox)
-    eventually(lambda: number(sh, sandbox) > start + 1, 60)
+    eventually(lambda: number(sh, sandbox) > start + 1)
     assert sh(sandbox, "cat /run/broken 2>/dev/null; true") == ""
 
 
@@ -74,7 +74,7 @@ def test_disks_and_ram_are_of_one_instant(
 ) -> None:
     """Three disks under write load; in the second generation, too."""
     with client.sandboxes.create(image=tiny.id, memory=256, cpus=cpus, data_disks=[1, 1]) as source:
-        assert source.execute(WRITER, timeout=30).exit_code == 0
+        assert source.execute(WRITER, timeout=120).exit_code == 0
         assert sh(source, "nproc") == str(cpus)
         snapshots = []
         for _ in range(2):
@@ -105,11 +105,12 @@ def test_debian_goes_on_and_reboots(client: Client, debian: Image, sh: Shell) ->
             assert sh(restored, "cat /run/pid; systemctl show -p MainPID nonce") == pid
             assert sh(restored, "nproc") == "2"
             with contextlib.suppress(AgentUnavailableError):
-                restored.execute("systemctl reboot", timeout=10)
+                restored.execute("systemctl reboot", timeout=60)
 
             def rebooted() -> bool:
                 with contextlib.suppress(AgentUnavailableError):
-                    return restored.execute("test -e /run/pid", timeout=20).exit_code != 0
+                    # Ended as the guest goes down, it has no exit code.
+                    return restored.execute("test -e /run/pid", timeout=20).exit_code == 1
                 return False
 
             eventually(rebooted, 180)
