@@ -85,6 +85,6 @@ def test_not_beyond_its_bound(scene: Scene) -> None:
     eventually(lambda: "there is room for 1048576" in scene.process.log.read_text())
     assert scene.ready() == 0
     scene.client.snapshots.restore(snapshot.id).delete()
-    assert scene.ready() == 0
+    eventually(lambda: scene.ready() == 0)
     scene.client.snapshots.delete(snapshot.id)
     scene.restart()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import shutil
@@ -48,9 +49,10 @@ def open_modes(pid: int, path: Path) -> set[int]:
     """Access modes (O_RDONLY, O_RDWR) by which a process has a file open."""
     modes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        if link.readlink() == path:
-            info = (link.parent.parent / "fdinfo" / link.name).read_text()
-            modes.add(int(info.split("flags:")[1].split()[0], 8) & os.O_ACCMODE)
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if link.readlink() == path:
+                info = (link.parent.parent / "fdinfo" / link.name).read_text()
+                modes.add(int(info.split("flags:")[1].split()[0], 8) & os.O_ACCMODE)
     return modes
 
 
@@ -207,14 +209,14 @@ async def test_freeze_and_late_freeze(guest: Running) -> None:
 
 async def test_a_timeout_leaves_no_process_behind(guest: Running) -> None:
     line = "trap '' TERM; echo begun; env -i setsid sleep 4321 & setsid sleep 4321 & sleep 4321"
-    result = await execute(guest.agent, ["sh", "-c", line], timeout=2)
+    result = await execute(guest.agent, ["sh", "-c", line], timeout=5)
     assert (result.timed_out, result.stdout) == (True, b"begun\n")
     assert await guest.sh("ps | grep '[4]321' || echo none") == "none"
 
 
 async def test_a_cancelled_command_is_killed_in_the_guest(guest: Running) -> None:
     task = asyncio.create_task(execute(guest.agent, ["sleep", "4321"]))
-    await asyncio.sleep(1)
+    await guest.sh("until ps | grep -q '[4]321'; do :; done")
     task.cancel()
     await asyncio.wait((task,))
     assert task.cancelled()
@@ -281,7 +283,7 @@ async def test_why_a_guest_ended(guest: Running, line: str, words: str, by_guest
             await execute(guest.agent, ["sh", "-c", line])
     else:
         os.kill(guest.pid, signal.SIGKILL)
-    ended = await asyncio.wait_for(asyncio.shield(guest.domain.exited), 30)
+    ended = await asyncio.wait_for(asyncio.shield(guest.domain.exited), 120)
     assert words in ended.reason
     assert ended.guest is by_guest
 
@@ -291,14 +293,15 @@ async def test_a_panic_is_told_and_the_console_can_be_read(guest: Running) -> No
     await guest.sh("until ls -d /sys/bus/pci/drivers/pvpanic*; do sleep 0.1; done")
     crash = "echo 1 >/proc/sys/kernel/sysrq; echo c >/proc/sysrq-trigger"
     task = asyncio.create_task(execute(guest.agent, ["sh", "-c", crash]))
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while await guest.domain.status() != "guest-panicked":
         assert time.monotonic() < deadline
         await asyncio.sleep(0.2)
-    assert "sysrq" in guest.domain.console.tail()
+    # What it said last is read beside that.
+    await asyncio.to_thread(eventually, lambda: "sysrq" in guest.domain.console.tail())
     task.cancel()
     await guest.domain.quit()
-    ended = await asyncio.wait_for(asyncio.shield(guest.domain.exited), 30)
+    ended = await asyncio.wait_for(asyncio.shield(guest.domain.exited), 120)
     assert "panicked" in ended.reason
     await asyncio.wait((task,))
 

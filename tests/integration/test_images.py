@@ -30,6 +30,7 @@ from stratabox.client import (
 )
 from support.boot_disks import POWER_OFF, boot_disk
 from support.daemon import DaemonProcess
+from support.rig import wait_idle
 from support.stored import wait_until
 
 Shell = Callable[[Sandbox, str], str]
@@ -45,8 +46,10 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     shared_daemon: DaemonProcess = request.getfixturevalue("shared_daemon")
     request.getfixturevalue("tiny")
+    wait_idle(shared_daemon)  # a job of the tests before may be at layers of theirs
     before = shared_daemon.layers()
     yield
+    wait_idle(shared_daemon)
     assert shared_daemon.layers() == before
     assert list((shared_daemon.state / "work").iterdir()) == []
 

@@ -228,9 +228,8 @@ def ends(keeper: Keeper, box: Sandbox) -> Snapshot:
 def test_a_snapshot_is_left_of_it(keeper: Keeper, box: Sandbox, sh: Shell) -> None:
     client = keeper.client
     pid, nonce, _ = sh(box, "cat /mnt/test/now").split()
-    client.sandboxes.update(
-        box.id, expires_at=datetime.now(UTC) + timedelta(seconds=1), on_timeout="snapshot"
-    )
+    client.sandboxes.update(box.id, expires_at=datetime.now(UTC) + HOUR, on_timeout="snapshot")
+    keeper.expire(box.id)
     left = ends(keeper, box)
     assert left.consistency is SnapshotLevel.MEMORY, "the strongest that could be had"
     assert left.expires_at is None
@@ -244,9 +243,7 @@ def test_once_also_when_the_daemon_is_killed_in_between(keeper: Keeper, box: San
     keeper.process.stop()
     # Due while no daemon runs.
     keeper.expire(box.id)
-    keeper.start("farewell.snapshot-taken=kill")
-    keeper.process.wait_killed()
-    keeper.client.close()
+    keeper.process.start_to_die("farewell.snapshot-taken=kill")
     keeper.start()
     ends(keeper, box)
 
