@@ -12,6 +12,7 @@ from stratabox.client import (
     Client,
     CompactFailedError,
     InvalidStateError,
+    Job,
     JobKind,
     JobNotFoundError,
     JobState,
@@ -19,7 +20,7 @@ from stratabox.client import (
 )
 from support import disks
 from support.daemon import DaemonProcess, daemon
-from support.rig import eventually
+from support.rig import eventually, standing
 from support.stored import Stored
 
 BLOCK = 64 << 10
@@ -171,19 +172,24 @@ class TestJobs:
         written.write(*range(SLOTS))
         first = written.snapshot()
         written.write(*range(SLOTS))
+        # So much that it is copied in several portions.
+        written.box.execute("head -c 4194304 /dev/urandom >/random; sync").check()
         written.snapshot()
         written.drain()  # what they stand on is merged into the first one: not the job meant
-        written.restart(STRATABOX_JOBS_RATE="1MiB")
-        # Merging what the first one leaves takes seconds at that rate; nobody waits for it.
+        mark = written.process.folder / "standing"
+        written.restart(f"jobs.target-made=hold:{mark}")
+        # Merging what the first one leaves begins, and stands still; nobody waits for it.
         written.delete(first.id)
         client = written.client
-        eventually(lambda: any(job.done_bytes for job in client.jobs.list()))
-        (job,) = [one for one in client.jobs.list() if one.total_bytes]
-        assert (job.kind, job.state) == (JobKind.MERGE, JobState.RUNNING)
-        assert job.sandbox_ids == (written.box.id,)
-        assert set(written.snapshots) <= set(job.snapshot_ids)
-        held = client.jobs.pause(job.id[:8])
-        assert held.state is JobState.PAUSED
+        with standing(mark):
+            (job,) = [one for one in client.jobs.list() if one.state is JobState.RUNNING]
+            assert job.kind is JobKind.MERGE
+            assert job.sandbox_ids == (written.box.id,)
+            assert set(written.snapshots) <= set(job.snapshot_ids)
+            held = client.jobs.pause(job.id[:8])
+            assert held.state is JobState.PAUSED
+        # It stops where it sees that: behind its first portion.
+        eventually(lambda: client.jobs.get(job.id).done_bytes > 0)
         copied = client.jobs.get(job.id).done_bytes
         assert 0 < copied < job.total_bytes
         # A snapshot is taken and restored as ever, on what the job works on.
@@ -202,17 +208,19 @@ class TestJobs:
                 act(job.id)
         written.drain()
         written.check()
-        # Another disk, or the next merge, that is given up: nothing is left of it, nor tried again.
+        # The next merge is given up: nothing is left of it, nor is it tried again.
+        written.restart(f"jobs.target-made=hold:{mark}")
+        client = written.client
         written.delete(made.id)
         written.write(3)
         last = written.snapshot()
         assert last
-        eventually(lambda: any(job.done_bytes for job in client.jobs.list()))
-        (job,) = [one for one in client.jobs.list() if one.done_bytes]
-        ((target,),) = written.process.rows(f"SELECT target FROM jobs WHERE id = '{job.id}'")
-        assert f"{target}.qcow2" in written.process.layers()
-        assert client.jobs.cancel(job.id).state is JobState.CANCELLED
-        assert client.jobs.cancel(job.id).state is JobState.CANCELLED
+        with standing(mark):
+            (job,) = [one for one in client.jobs.list() if one.state is JobState.RUNNING]
+            ((target,),) = written.process.rows(f"SELECT target FROM jobs WHERE id = '{job.id}'")
+            assert f"{target}.qcow2" in written.process.layers()
+            assert client.jobs.cancel(job.id).state is JobState.CANCELLED
+            assert client.jobs.cancel(job.id).state is JobState.CANCELLED
         written.drain()
         assert f"{target}.qcow2" not in written.process.layers()
         written.process.check_consistent()
@@ -302,11 +310,13 @@ def test_a_warm_spare_makes_way_for_a_new_layer(written: Written) -> None:
 
     written.write(4)
     made = written.snapshot(quick=None, level="memory")
+    written.drain()  # a spare makes way for what is merged below the new layers, too
     client.snapshots.restore(made.id).delete()
     eventually(lambda: len(spares()) == 1)
     (old,) = spares()
     before = {written.stored.of_snapshot(made.id, index).name for index in (0, 1)}
     assert client.snapshots.compact(made.id).jobs
+    written.drain()
     eventually(lambda: len(spares()) == 1 and old not in spares())
     (spare,) = spares()
     with client.snapshots.restore(made.id) as copy:
@@ -331,8 +341,15 @@ def test_a_full_disk_is_waited_for_and_a_failed_one_is_not(written: Written) -> 
     written.restart("jobs.written=nospace:1")
     client = written.client
     written.delete(first.id)
-    eventually(lambda: any(job.reason for job in client.jobs.list()))
-    (job,) = [job for job in client.jobs.list() if job.reason]
+    waiting: list[Job] = []
+
+    def some_wait() -> bool:
+        # Looked at once: the next change has it tried again.
+        waiting[:] = [job for job in client.jobs.list() if job.reason]
+        return bool(waiting)
+
+    eventually(some_wait)
+    (job,) = waiting
     assert (job.state, str(job.reason).partition(":")[0]) == (JobState.QUEUED, "NO_SPACE")
     written.process.check_consistent()
     written.write(4)
