@@ -6,9 +6,7 @@ One guest and one snapshot serve all tests; each leaves them as they were.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -29,6 +27,7 @@ from stratabox.client import (
     SnapshotState,
 )
 from support import disks
+from support.agents import agent_alone
 from support.daemon import DaemonProcess, daemon
 from support.rig import eventually
 from support.stored import Stored
@@ -91,7 +90,7 @@ def scene(made: Scene) -> Iterator[Scene]:
     assert made.client.check(deep=True).findings == ()
     yield made
     assert made.client.check(deep=True).findings == ()
-    made.client.sandboxes.wait_ready(made.box.id, timeout=30)
+    made.client.sandboxes.wait_ready(made.box.id, timeout=120)
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -212,32 +211,16 @@ def test_a_guest_that_runs_although_it_is_paused_is_written_down(scene: Scene) -
     assert scene.client.sandboxes.get(scene.box.id).state is SandboxState.RUNNING
 
 
-def ask_agent(folder: Path, command: str) -> object:
-    """Ask a guest's agent while no daemon does."""
-    directory = os.open(folder, os.O_PATH | os.O_DIRECTORY)
-    try:
-        with socket.socket(socket.AF_UNIX) as agent:
-            agent.settimeout(30)
-            agent.connect(f"/proc/self/fd/{directory}/agent.sock")
-            with agent.makefile("rwb") as stream:
-                stream.write(json.dumps({"execute": command}).encode() + b"\n")
-                stream.flush()
-                reply = json.loads(stream.readline().lstrip(b"\xff"))
-                assert "return" in reply, reply
-                return reply["return"]
-    finally:
-        os.close(directory)
-
-
 def test_a_guest_that_somebody_froze_is_thawed(scene: Scene) -> None:
     scene.client.close()
     scene.process.kill()
-    assert ask_agent(scene.folder, "guest-fsfreeze-freeze")
+    with agent_alone(scene.folder) as agent:
+        assert agent.ask("guest-fsfreeze-freeze")
     scene.client = scene.process.start()
     assert scene.finding().reason == "GUEST_FROZEN"
     assert scene.repair().reason == "GUEST_FROZEN"
     line = "echo written > /thawed; sync"
-    assert scene.client.sandboxes.execute(scene.box.id, line, timeout=30).exit_code == 0
+    assert scene.client.sandboxes.execute(scene.box.id, line, timeout=60).exit_code == 0
 
 
 def test_a_qemu_that_no_record_has_is_ended(scene: Scene) -> None:

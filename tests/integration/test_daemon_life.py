@@ -20,14 +20,16 @@ import pytest
 from stratabox.client import (
     Client,
     CorruptError,
+    DaemonEndingError,
     DaemonUnavailableError,
     Sandbox,
     SandboxState,
     SnapshotNotReadyError,
     SnapshotState,
-    StrataboxError,
 )
+from stratabox.daemon.app import GRACE
 from support import disks
+from support.agents import agent_alone
 from support.daemon import DaemonProcess, daemon
 from support.rig import Rig, eventually, rig
 
@@ -105,7 +107,7 @@ def test_guests_outlive_the_daemon(living: Rig) -> None:
     mark = living.mark()
     begun = time.monotonic()
     process.stop()
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < GRACE, "there was nobody to wait for"
     assert not (process.folder / "api.sock").exists()
     assert process.guests() == before
     living.restart()
@@ -117,7 +119,7 @@ def test_guests_outlive_the_daemon(living: Rig) -> None:
 
 
 def test_what_is_under_way_at_the_end_is_finished(living: Rig) -> None:
-    """A command and a snapshot get their answers, a watch its end, and all of it soon."""
+    """A command and a snapshot get their answers, a watch its end at once."""
     living.restart("snapshot.overlays-made=sleep:1")
     events = living.client.sandboxes.watch()
     assert next(events).sandbox.id == living.witness.id
@@ -135,12 +137,10 @@ def test_what_is_under_way_at_the_end_is_finished(living: Rig) -> None:
         eventually(
             lambda: bool(living.process.rows("SELECT id FROM snapshots WHERE name = 'late'"))
         )
-        begun = time.monotonic()
         living.process.stop()
-        assert time.monotonic() - begun < 8
         assert command.result().stdout == b"done\n"
         assert snapshot.result().state is SnapshotState.READY
-        with pytest.raises(StrataboxError):
+        with pytest.raises(DaemonEndingError, match="watch again"):  # not what is late is told
             watching.result()
     living.restart()
     living.check()
@@ -214,6 +214,7 @@ def test_after_a_reboot_of_the_host(tmp_path: Path) -> None:
 
 def test_what_no_record_knows_goes(living: Rig) -> None:
     """An orphaned QEMU is ended, stray files are removed; nothing else is touched."""
+    living.idle()
     orphan, layers = living.create(), living.process.layers()
     layer = living.layer_of(orphan.id)
     living.process.kill()
@@ -294,13 +295,17 @@ def test_a_wrong_catalog_is_refused(own_daemon: DaemonProcess, harm: str, says: 
 
 def test_qemu_can_write_its_overlay_and_nothing_else(living: Rig) -> None:
     snapshot = living.client.snapshots.create(living.witness.id)
+    living.idle()  # what earlier ones have left is merged into its layers
     pid = living.process.guests()[living.witness.id]
     writable, known = set(), set()
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        target = entry.readlink()
+        try:
+            target = entry.readlink()
+            flags = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text().split("flags:")[1]
+        except FileNotFoundError:  # open for a moment only
+            continue
         if target.is_relative_to(living.process.state):
             known.add(target)
-            flags = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text().split("flags:")[1]
             if int(flags.split()[0], 8) & os.O_ACCMODE != os.O_RDONLY:
                 writable.add(target)
     active = {living.path(living.layer_of(living.witness.id, index)) for index in (0, 1)}
@@ -378,9 +383,10 @@ def test_the_daemon_leaves_no_core_either(living: Rig) -> None:
 def test_a_panic_while_nobody_looked(living: Rig) -> None:
     victim = living.create().wait_ready(timeout=120)
     folder = living.process.state / "sandboxes" / victim.id
-    victim.execute("(sleep 1; echo c > /proc/sysrq-trigger) > /dev/null 2>&1 &")
     living.process.kill()
-    eventually(lambda: disks.status(folder) == "guest-panicked")
+    with agent_alone(folder) as agent:
+        agent.send("guest-exec", path="/bin/sh", arg=["-c", "echo c > /proc/sysrq-trigger"])
+        eventually(lambda: disks.status(folder) == "guest-panicked")
     living.restart()
     now = living.client.sandboxes.get(victim.id)
     assert now.state is SandboxState.FAILED
