@@ -19,7 +19,7 @@ import pytest
 from stratabox.client import Client, Sandbox, SandboxState, Snapshot, SnapshotState
 from support import disks
 from support.daemon import DaemonProcess, daemon
-from support.rig import eventually
+from support.rig import eventually, wait_idle
 from support.stored import Stored
 
 
@@ -62,6 +62,10 @@ class Scene:
     """After the backup."""
 
 
+JOBLESS = "jobs.compared=error"
+"""No job comes to its end: what one replaces is removed, and a backup is made before."""
+
+
 def backups(process: DaemonProcess) -> set[str]:
     return {path.name for path in (process.state / "backups").glob("*.db")}
 
@@ -69,10 +73,8 @@ def backups(process: DaemonProcess) -> set[str]:
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     """All that can have changed since a backup, with the catalog damaged then."""
-    # No job comes to its end: a backup is made then, which would be newer than ours.
-    jobless = "jobs.compared=error"
     with daemon(tmp_path_factory.mktemp("catalog")) as process:
-        client = process.start(failpoints=jobless)
+        client = process.start(failpoints=JOBLESS)
         client.images.build_tiny()
         first = client.sandboxes.create(image="tiny", memory=128, data_disks=[1])
         write(first, "ground")
@@ -87,7 +89,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         client.close()
         process.kill()
         before = backups(process)
-        client = process.start(failpoints=jobless)
+        client = process.start(failpoints=JOBLESS)
         eventually(lambda: bool(backups(process) - before))
         (backup,) = backups(process) - before
         # From here on nothing is in the backup.
@@ -128,7 +130,7 @@ def test_restoring_the_last_backup(scene: Scene) -> None:
     assert done.returncode == 0, done
     assert (Path(json.loads(done.stdout)["kept_aside"]) / "catalog.db").exists()
     layers = process.layers()
-    with process.start() as client:
+    with process.start(failpoints=JOBLESS) as client:
         check_records(scene, client)
         check_files(scene, client, layers)
 
@@ -195,6 +197,7 @@ def test_layers_that_a_job_has_replaced_are_in_the_newest_backup(tmp_path: Path)
             client.snapshots.delete(snapshot.id)
         done = "SELECT 1 FROM jobs WHERE state = 'done'"
         eventually(lambda: bool(process.rows(done)) and not before <= process.layers())
+        wait_idle(process)  # the two may have gone one after the other, by a job for each
         client.close()
         process.kill()
         process.store_id()
