@@ -14,6 +14,7 @@ import pytest
 from stratabox.client import (
     AgentUnavailableError,
     Client,
+    CommandFailedError,
     ConnectionLostError,
     Image,
     InvalidStateError,
@@ -113,8 +114,8 @@ def test_the_agent_that_is_killed_takes_nothing_with_it(lab: Lab) -> None:
 
 
 def test_a_new_daemon_finds_it_and_what_was_left_behind(lab: Lab) -> None:
-    name = lab.box.processes.start("echo one; read x </root/go; echo two; exit 3; ")
     lab.says("rm -f /root/go; mkfifo /root/go")
+    name = lab.box.processes.start("echo one; read x </root/go; echo two; exit 3; ")
     waiting = lab.box.processes.start("echo begun; sleep 0.2; echo over; exit 8")
     with lab.box.spawn(["sleep", "77777"]) as process:
         lab.crash()
@@ -125,6 +126,8 @@ def test_a_new_daemon_finds_it_and_what_was_left_behind(lab: Lab) -> None:
     assert {each.id for each in box.processes.list()} >= {name, waiting}
     pieces = [each.data for each in box.processes.attach(waiting) if hasattr(each, "data")]
     assert b"".join(pieces) == b"begun\nover\n"
+    box.execute("echo >/root/go").check()
+    assert box.processes.wait(name).exit_code == 3
     eventually(lambda: "sleep" not in box.execute("ps").stdout_text)
 
 
@@ -169,7 +172,8 @@ def test_pauses_and_reboots(lab: Lab) -> None:
         process.wait()
 
     def booted() -> bool:
-        with contextlib.suppress(AgentUnavailableError):  # it goes down while it is asked
+        # It goes down while it is asked, or while it looks.
+        with contextlib.suppress(AgentUnavailableError, CommandFailedError):
             return lab.box.execute(f"cat {BOOT_ID}").check().stdout_text.strip() != boot
         return False
 

@@ -172,9 +172,7 @@ def test_exec_codes(cli: Cli, box: str) -> None:
     for line, code in (("exit 0", 0), ("exit 255", 255), ("kill -9 $$", 137), ("kill $$", 143)):
         assert cli("sandbox", "exec", box, "sh", "-c", line, code=code) == ""
     assert cli.bytes("sandbox", "exec", box, "no-such-program").returncode == 127
-    late = cli.bytes(
-        "sandbox", "exec", box, "--timeout", "500ms", "sh", "-c", "echo early; sleep 99"
-    )
+    late = cli.bytes("sandbox", "exec", box, "--timeout", "3s", "sh", "-c", "echo early; sleep 99")
     assert (late.returncode, late.stdout) == (124, b"early\n")
     assert b"the time was up" in late.stderr
     assert cli.error("sandbox", "exec", "nobody", "true", code=3).startswith("error: ")

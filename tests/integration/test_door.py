@@ -413,11 +413,15 @@ def test_the_audit_log_says_who_did_what_and_holds_no_secret(
             client.sandboxes.get(made["key"])  # whoever mistakes one for the other
         with pytest.raises(ForbiddenError):
             client.host()
-    wrong = made["key"][:-3] + "aaa"
+    wrong = made["key"][:-3] + ("aaa" if made["key"][-3] != "a" else "baa")
     assert place.reason(wrong) == "INVALID_KEY"
     who = f"key:{made['id']}"
     folder = place.process.state / "audit"
-    eventually(lambda: f"wrong secret {who}" in (folder / "refused.jsonl").read_text())
+    refusals, calls = folder / "refused.jsonl", folder / "calls.jsonl"
+    eventually(lambda: refusals.exists() and f"wrong secret {who}" in refusals.read_text())
+    eventually(  # the last of its calls that were let in
+        lambda: any(who in line and "NOT_FOUND" in line for line in calls.read_text().splitlines())
+    )
     text = "".join(path.read_text() for path in sorted(folder.iterdir()))
     for secret in (*secrets, made["key"], wrong, made["key"].rpartition("_")[2]):
         assert secret not in text

@@ -22,6 +22,7 @@ from stratabox.client import (
     Sandbox,
     SnapshotLevel,
 )
+from support.rig import eventually
 
 Shell = Callable[[Sandbox, str], str]
 MIB = 1 << 20
@@ -233,11 +234,8 @@ def test_a_client_out_of_time_takes_its_command_along(client: Client, module_box
 
 
 def wait_gone(sandbox: Sandbox, word: str) -> None:
-    """The daemon kills on its own time once it has noticed; each look takes the guest a while."""
-    for _ in range(100):
-        if not living(sandbox, word):
-            return
-    raise AssertionError(f"{word} still runs")
+    """The daemon kills on its own time once it has noticed."""
+    eventually(lambda: not living(sandbox, word), what=f"{word} still runs")
 
 
 def test_no_commands_while_paused(module_box: Sandbox) -> None:
