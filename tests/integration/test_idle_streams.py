@@ -61,7 +61,7 @@ async def lab(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Lab]:
     port = doors.free_port()
     process = DaemonProcess(
         tmp_path_factory.mktemp("idle"),
-        {"STRATABOX_LISTEN": f"http://127.0.0.1:{port}", "STRATABOX_KEEPALIVE": "1s"},
+        {"STRATABOX_LISTEN": f"http://127.0.0.1:{port}", "STRATABOX_KEEPALIVE": "2s"},
     )
     settings = config.load([], process.environment)
     with pytest.MonkeyPatch.context() as patch:
@@ -169,9 +169,9 @@ async def test_a_way_that_falls_silent_ends_the_call_at_both_ends(
         _access,
         "KEEPALIVE_OPTIONS",
         (
-            ("grpc.keepalive_time_ms", 2000),
-            ("grpc.keepalive_timeout_ms", 2000),
-            ("grpc.http2.ping_timeout_ms", 2000),
+            ("grpc.keepalive_time_ms", 4000),  # the daemon takes none oftener than its own
+            ("grpc.keepalive_timeout_ms", 3000),
+            ("grpc.http2.ping_timeout_ms", 3000),
             ("grpc.http2.max_pings_without_data", 0),
         ),
     )
