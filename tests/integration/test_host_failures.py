@@ -288,6 +288,7 @@ def test_a_revert_that_cannot_boot_stays_on_the_snapshot(failing: Rig) -> None:
 @pytest.mark.parametrize("point", points("sweep", "tombstoned", "unlinked"))
 def test_garbage_that_stays_fails_nobody(failing: Rig, point: str) -> None:
     failing.calm()
+    failing.idle()  # or the sweep of a job would be the one that fails, or would mend it
     first, second = failing.create(), failing.create()
     failing.restart(f"{point}=error:1")
     failing.client.sandboxes.delete(first.id)
