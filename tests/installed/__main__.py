@@ -21,7 +21,7 @@ from installed import package
 _CHECKS = Path(__file__).with_name("checks")
 ORDER = (
     *("housing", "reboots", "removing", "upgrades", "users", "building"),
-    *("installing", "faults", "exposure", "limits"),
+    *("installing", "faults", "exposure", "limits", "launcher"),
 )
 """The checks' files."""
 _TEST_SECONDS = 3600

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from installed.host import LINE_SECONDS, PACKAGES, SYSTEM_API, CommandError, Host
 from stratabox.client import Client, Sandbox, Snapshot
 
-IMAGE = "host"
 CPUS = 2
 MEMORY_MIB = 2048
 _NO_KVM = (
@@ -57,12 +56,23 @@ class Outer(Host):
             self._client.ports.remove(port.id)
 
 
-def boot(client: Client, folder: Path, tell: Callable[[str], None]) -> Outer:
-    """Boot an outer host without the package; its image is built where the cache has none."""
-    tell("the outer host's image")
-    client.images.build_debian(name=IMAGE, include=PACKAGES)
-    tell("the outer host boots")
-    box = client.sandboxes.create(image=IMAGE, name="outer", cpus=CPUS, memory=MEMORY_MIB)
+def boot(
+    client: Client,
+    folder: Path,
+    tell: Callable[[str], None],
+    *,
+    name: str,
+    more: Sequence[str] = (),
+) -> Outer:
+    """Boot an outer host without the package; its image is built where the cache has none.
+
+    :param name: the image's, and the sandbox's.
+    :param more: Debian packages beside those that ours depends on.
+    """
+    tell(f"{name}: its image")
+    client.images.build_debian(name=name, include=[*PACKAGES, *more])
+    tell(f"{name}: it boots")
+    box = client.sandboxes.create(image=name, name=name, cpus=CPUS, memory=MEMORY_MIB)
     outer = Outer(client, box, folder)
     outer.settle()
     outer.sh(_NO_KVM)

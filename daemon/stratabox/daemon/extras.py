@@ -10,7 +10,10 @@ DAEMON = ("qemu.qmp", "grpc_health", "grpc_reflection", "fastapi", "uvicorn")
 LIBVIRT = ("libvirt",)
 """Modules that the [libvirt] extra adds."""
 INSTALL_DAEMON = "pip install 'stratabox[daemon]'"
-INSTALL_LIBVIRT = "pip install 'stratabox[libvirt]'  # builds against libvirt-dev"
+INSTALL_LIBVIRT = (
+    "apt install python3-libvirt for the Debian package, else pip install 'stratabox[libvirt]',"
+    " which builds against libvirt-dev"
+)
 
 
 def missing_modules(names: Sequence[str]) -> list[str]:

@@ -66,7 +66,7 @@ def fresh_stage(
     tell: Callable[[str], None],
 ) -> Stage:
     """The package has been installed in an outer host a moment ago; nobody has called."""
-    host = outer.boot(here, folder, tell)
+    host = outer.boot(here, folder, tell, name="outer")
     tell("the package is installed")
     host.sh(f"apt-get install --yes {host.put(package.file)}")
     snapshot = host.box.snapshot(name="fresh", level=SnapshotLevel.MEMORY)

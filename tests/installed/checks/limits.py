@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from installed.guests import qemu, scopes
+from installed.host import DAEMON
 from installed.outer import Outer
 from support.rig import eventually
 
 _MIB = 1 << 20
+_SETTINGS = '[cgroups]\\nio_weight = 50\\nio_write_bandwidth = "7MiB"\\n'
+"""Of the disk traffic nothing is bounded unless somebody says so."""
 
 
 def test_a_guests_scope_has_limits(fresh: Outer, seed: Path) -> None:
     """The guest is not waited for: an emulated machine within an emulated one takes minutes."""
+    fresh.sh(f"printf '{_SETTINGS}' >>/etc/stratabox/config.toml && systemctl restart {DAEMON}")
     with fresh.client() as client:
         client.snapshots.import_file(seed)
         box = client.snapshots.restore("seed", name="one", wait_for_ready=False)
@@ -20,18 +24,16 @@ def test_a_guests_scope_has_limits(fresh: Outer, seed: Path) -> None:
         (scope,) = scopes(fresh)
         group = "/sys/fs/cgroup" + fresh.show(scope, "ControlGroup")
         assert fresh.sh(f"cat {group}/cgroup.procs") == str(pid)
-        limits = dict(
-            line.split(":", 1)
-            for line in fresh.sh(
-                f"cd {group} && grep -H . memory.max cpu.max pids.max cpu.stat"
-            ).splitlines()
-            if not line.startswith("cpu.stat") or "nr_" in line
-        )
+        files = "memory.max cpu.max pids.max io.max io.weight"
+        said = fresh.sh(f"cd {group} && grep -H . {files}")
+        limits = dict(line.split(":", 1) for line in said.splitlines())
         # 128 MiB of RAM, and what is counted for QEMU and its translated code.
         assert 256 * _MIB < int(limits["memory.max"]) < 2048 * _MIB
         # One CPU of its own, and one for QEMU.
         assert limits["cpu.max"] == "200000 100000"
         assert 8 < int(limits["pids.max"]) < 1024
+        assert f" wbps={7 * _MIB} " in limits["io.max"]
+        assert limits["io.weight"] == "default 50"
         assert fresh.show(scope, "MemoryMax") == limits["memory.max"]
         told = fresh.sh("stratabox --address unix:///run/stratabox/api.sock host")
         print(told)

@@ -193,7 +193,7 @@ def load_module() -> Any:
         import libvirt
     except ImportError:
         raise DeniedError(
-            "libvirt's Python module is not installed: pip install 'stratabox[libvirt]'.",
+            "libvirt's Python module is not installed; `strataboxd doctor` says how to get it.",
             reason="TOOL_MISSING",
             tool="libvirt-python",
         ) from None
