@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,11 @@ class Written:
             return hints == 0 and not self.jobs("queued", "running")
 
         eventually(idle, 60)
+
+    def quieten(self) -> None:
+        """Wait until nothing of before has the daemon look for jobs: it looks 1 s after a change."""
+        self.drain()
+        time.sleep(2)
 
     def depths(self) -> dict[str, int]:
         """Layers in the chain of each record's disk."""
@@ -163,6 +169,37 @@ def test_many_snapshots_and_deletes(written: Written) -> None:
     eventually(lambda: {Path(name).name for name in written.open_layers()} == written.chains())
     with written.client.snapshots.restore(min(written.snapshots), memory=128) as copy:
         assert copy.execute("true").exit_code == 0
+
+
+def test_what_a_copy_makes_due_waits_for_nothing_else(written: Written) -> None:
+    """As deep as chains may be, with nothing on top, is not too deep; a copy goes on top."""
+    written.restart(STRATABOX_CHAINS_MAX_DEPTH=str(2 * MAX_DEPTH))
+    with written.client.sandboxes.create(image="tiny", memory=128) as box:
+        made = [box.snapshot(quick=True) for _ in range(MAX_DEPTH - 1)]
+    written.drain()
+    top = written.stored.of_snapshot(made[-1].id, 0)
+    assert len(disks.chain(top)) == MAX_DEPTH
+    written.restart()
+    written.quieten()
+    assert written.stored.of_snapshot(made[-1].id, 0) == top
+    with written.client.snapshots.restore(made[-1].id, wait_for_ready=False):
+        written.drain()
+        assert max(written.depths().values()) <= MAX_DEPTH
+    for each in made:
+        written.client.snapshots.delete(each.id)
+
+
+def test_volumes_chains_stay_short_by_themselves(written: Written) -> None:
+    volume = written.client.volumes.create("deep", size_bytes=64 << 20)
+    written.quieten()
+    made = [written.client.volumes.snapshot(volume.id) for _ in range(MAX_DEPTH + 1)]
+    written.drain()
+    ((layer,),) = written.process.rows("SELECT layer FROM volumes")
+    top = written.process.state / "layers" / f"{layer}.qcow2"
+    assert len(disks.chain(top)) <= MAX_DEPTH
+    for each in made:
+        written.client.volumes.delete_snapshot(each.id)
+    written.client.volumes.delete(volume.id)
 
 
 class TestJobs:

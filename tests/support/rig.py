@@ -46,15 +46,10 @@ def standing(mark: Path) -> Iterator[None]:
 
 
 def wait_idle(process: DaemonProcess) -> None:
-    """Wait until no job is due, and nothing that is to be removed is there.
-
-    That an image has one more sandbox is noted, too, but looked at only with the next change; no
-    job comes of that.
-    """
+    """Wait until no job is due, and nothing that is to be removed is there."""
     due = (
         "SELECT 1 FROM jobs WHERE state IN ('queued', 'running')"
         " UNION ALL SELECT 1 FROM chain_hints"
-        " WHERE layer NOT IN (SELECT layer FROM images WHERE layer IS NOT NULL)"
         " UNION ALL SELECT 1 FROM layers WHERE state = 'garbage'"
     )
     # They yield to everything else, and so may take long on a host that is busy.

@@ -81,9 +81,7 @@ class Sandboxes:
     async def end(self, sandbox: SandboxId) -> Sandbox:
         """Bring one sandbox to TERMINATED, from wherever it is."""
         world, guest = self._world, self._guests.of(sandbox)
-        guest.hurry.set()
-        async with guest.lock:
-            guest.hurry.clear()
+        async with guest.in_a_hurry():
             record = await guest.record()
             if record.state is SandboxState.TERMINATED:
                 return record
@@ -192,6 +190,7 @@ class Sandboxes:
                         identity=identity_of(wanted),
                         paused=wanted.paused,
                     )
+            world.chains_changed.set()
             if memory is not None and record.source_snapshot is not None:
                 world.spares.note(want_of(wanted, record.source_snapshot))
             if wanted.ready_timeout is not None and not wanted.paused:

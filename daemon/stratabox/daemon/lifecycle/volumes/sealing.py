@@ -151,6 +151,7 @@ async def _seal(
     except BaseException:
         await _undo(world, have.writer, operation, asks=switched)
         raise
+    world.chains_changed.set()
     hit("volume-snapshot.written")
     return done
 

@@ -207,6 +207,7 @@ class Volumes:
             async with undone_by(lambda: in_thread(world.store.remove_overlays, [layer])):
                 hit("volume.stored")
                 done = await world.write(write)
+        world.chains_changed.set()
         hit("volume.ready-written")
         return done
 
