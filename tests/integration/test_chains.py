@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ class Written:
         eventually(idle, 60)
 
     def quieten(self) -> None:
-        """Wait until nothing of before has the daemon look for jobs: it looks 1 s after a change."""
+        """Wait until nothing of before has the daemon look for jobs: it does 1 s after a change."""
         self.drain()
         time.sleep(2)
 
@@ -411,6 +412,7 @@ STEPS = (
     "jobs.target-made",
     "jobs.written",
     "jobs.compared",
+    "jobs.replacement-written",
     "jobs.replaced",
     "jobs.taken-over",
 )
@@ -433,4 +435,28 @@ def test_a_daemon_that_is_killed_at_each_step(written: Written, kill_at: str) ->
     assert written.client.check().findings == ()
     assert written.stored.unneeded() == set()
     eventually(lambda: {Path(name).name for name in written.open_layers()} == written.chains())
+    written.check()
+
+
+def test_a_daemon_that_ends_just_as_a_layer_is_replaced(written: Written, tmp_path: Path) -> None:
+    """The catalog has the new layer, and whoever waited for that was cancelled."""
+    process, mark = written.process, tmp_path / "replaced"
+    written.write(1, 2)
+    first = written.snapshot()
+    written.write(2, 3)
+    written.snapshot()
+    written.drain()
+    written.restart(f"jobs.replacement-written=hold:{mark}")
+    known = len(process.log.read_text())
+    written.delete(first.id)
+    with ThreadPoolExecutor(1) as pool:
+        with standing(mark):
+            ending = pool.submit(process.stop)
+            eventually(lambda: "ending; guests run on" in process.log.read_text()[known:])
+            time.sleep(1)  # then it has cancelled what goes on by itself
+        ending.result()
+    written.restart()
+    written.drain()
+    process.check_consistent()
+    assert written.client.check().findings == ()
     written.check()

@@ -10,7 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from stratabox.daemon.lifecycle.common.threads import Tasks, in_executor, in_thread, settle
+from stratabox.daemon.lifecycle.common.threads import (
+    Tasks,
+    carried_through,
+    in_executor,
+    in_thread,
+    settle,
+)
 
 
 async def turn(times: int = 5) -> None:
@@ -49,9 +55,46 @@ async def test_a_cancelled_waiter_leaves_when_the_work_is_over() -> None:
         await waiter
 
 
-async def test_the_cancelled_hear_of_their_cancellation_not_of_the_error() -> None:
+async def test_who_is_cancelled_while_it_happens_hears_that_it_has_happened() -> None:
+    over, known = asyncio.get_running_loop().create_future(), []
+
+    async def work() -> None:
+        known.append(await carried_through(over))
+        await asyncio.sleep(0)
+        known.append("and went on")
+
+    waiter = asyncio.create_task(work())
+    await turn()
+    for _ in range(3):
+        waiter.cancel()
+        await turn()
+        assert not waiter.done()
+    over.set_result("done")
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    assert known == ["done"]
+
+
+async def test_a_time_limit_beyond_what_is_carried_through_stays_a_time_limit() -> None:
     over = asyncio.get_running_loop().create_future()
-    waiter = asyncio.create_task(waits_for(settle(over)))
+
+    async def work() -> None:
+        async with asyncio.timeout(0):
+            asyncio.get_running_loop().call_later(0.01, over.set_result, "done")
+            assert await carried_through(over) == "done"
+            await asyncio.sleep(60)
+
+    with pytest.raises(TimeoutError):
+        await work()
+    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("wait", [settle, carried_through])
+async def test_the_cancelled_hear_of_their_cancellation_not_of_the_error(
+    wait: Callable[[Awaitable[object]], Awaitable[object]],
+) -> None:
+    over = asyncio.get_running_loop().create_future()
+    waiter = asyncio.create_task(waits_for(wait(over)))
     await turn()
     waiter.cancel()
     await turn()

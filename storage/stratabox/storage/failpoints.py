@@ -171,6 +171,7 @@ NAMES += (
     "jobs.target-made",
     "jobs.written",
     "jobs.compared",
+    "jobs.replacement-written",
     "jobs.replaced",
     "jobs.taken-over",
     "sweep.tombstoned",

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,7 +27,13 @@ from stratabox.daemon.lifecycle.admission import Admission
 from stratabox.daemon.lifecycle.chains.opening import Opening
 from stratabox.daemon.lifecycle.common.events import Bus, Happening
 from stratabox.daemon.lifecycle.common.locks import Locks
-from stratabox.daemon.lifecycle.common.threads import Tasks, in_executor, in_thread
+from stratabox.daemon.lifecycle.common.threads import (
+    Tasks,
+    carried_through,
+    in_executor,
+    in_thread,
+    settle,
+)
 from stratabox.daemon.lifecycle.memory.memories import Memories
 from stratabox.daemon.lifecycle.memory.rush import Rush
 from stratabox.daemon.lifecycle.memory.spares import Spares
@@ -97,10 +103,29 @@ class World:
         """Run one catalog transaction in its thread; durable when this returns.
 
         It is for the workspace that this task works in. Cancelled or not, the transaction has ended
-        when this does.
+        when this does; one that has changed something returns, and the cancellation comes next.
         """
-        workspace = acting.get()
+        run = self._transaction(change)
+        try:
+            return await carried_through(self._in_worker(run))
+        except NoSpaceError as error:
+            # Whoever wants to free something must be able to write that down.
+            if error.reason != NoSpaceError.default_reason or not await in_thread(
+                reserve.release, self.store.layout.reserve
+            ):
+                raise
+            log.warning("the disk is full: its reserve is given up")
+            return await carried_through(self._in_worker(run))
 
+    async def read(self, look: Callable[[Transaction], T]) -> T:
+        """The same, for transactions that change nothing."""
+        return await settle(self._in_worker(self._transaction(look)))
+
+    def _in_worker(self, run: Callable[[], T]) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self.worker, run)
+
+    def _transaction(self, change: Callable[[Transaction], T]) -> Callable[[], T]:
+        workspace = acting.get()
         loop, caller = asyncio.get_running_loop(), copy_context()
 
         def run() -> T:
@@ -111,16 +136,7 @@ class World:
                 loop.call_soon_threadsafe(self._tell, tx.noted, context=caller)
             return result
 
-        try:
-            return await in_executor(self.worker, run)
-        except NoSpaceError as error:
-            # Whoever wants to free something must be able to write that down.
-            if error.reason != NoSpaceError.default_reason or not await in_thread(
-                reserve.release, self.store.layout.reserve
-            ):
-                raise
-            log.warning("the disk is full: its reserve is given up")
-            return await in_executor(self.worker, run)
+        return run
 
     def _tell(self, noted: Sequence[tuple[str, str, object]]) -> None:
         for what, owner, record in noted:
@@ -151,9 +167,6 @@ class World:
         """
         for each in self.when_over:
             await each(sandbox)
-
-    read = write
-    """The same, for transactions that change nothing."""
 
     @property
     def console_limits(self) -> ConsoleLimits:
@@ -293,7 +306,7 @@ class World:
             folder.mkdir(mode=0o700, exist_ok=True)
             return DomainSpec(
                 sandbox=sandbox.id,
-                machine=sandbox.machine,
+                machine=replace(sandbox.machine, qemu_version=self.qemu.version_text),
                 cpus=sandbox.cpus,
                 memory=sandbox.memory,
                 vmgenid=sandbox.vmgenid,

@@ -174,7 +174,7 @@ class Jobs:
                     await self._wait_for_more()
             finally:
                 for writing in self._writings.values():
-                    writing.close(keep=False)
+                    writing.close()
 
     async def _do_all(self, thread: ThreadPoolExecutor) -> None:
         # None runs now. One may be left whose end could not be written.
@@ -226,7 +226,7 @@ class Jobs:
         alive = {job.id for job in await self._world.read(jobs.everything)}
         for job in self._writings.keys() - alive:
             writing = self._writings.pop(job)
-            await in_thread(writing.close, keep=False)
+            await in_thread(writing.close)
         for job in self._ended.keys() - alive:
             self._tell_end(job)
 
@@ -262,7 +262,7 @@ class Jobs:
             if [each.id for each in writing.made_of] == [each.id for each in made_of]:
                 writing.stop.clear()
                 return writing
-            await in_thread(writing.close, keep=False)
+            await in_thread(writing.close)
         writing = Writing(self._world.store.layout, job, made_of)
         self._writings[job.id] = writing
         await self._in(thread, writing.begin, writing)
@@ -289,7 +289,7 @@ class Jobs:
 
         if (await self._world.write(note)).state.is_over:
             del self._writings[writing.job.id]
-            await in_thread(writing.close, keep=False)
+            await in_thread(writing.close)
 
     async def _replace(self, writing: Writing) -> None:
         """Put the new layer in the place of the old one, for everybody."""
@@ -297,11 +297,15 @@ class Jobs:
         job = replace(writing.job, done_bytes=writing.total, total_bytes=writing.total)
 
         def write() -> Replaced | None:
+            writing.is_offered = True
             with world.catalog.transaction() as tx:
                 jobs.change(tx, job.id, done_bytes=writing.total, total_bytes=writing.total)
-                return chains.replace_layer(
+                replaced = chains.replace_layer(
                     tx, job, writing.made_of, size=writing.bytes, compressed=writing.compressed
                 )
+            hit("jobs.replacement-written")
+            writing.is_offered = replaced is not None
+            return replaced
 
         await world.opening.free()
         # No await from here until the transaction is queued: see `opening`.
@@ -314,7 +318,7 @@ class Jobs:
             await self._not_replaced(writing)
             return
         del self._writings[job.id]
-        await in_thread(writing.close, keep=True)
+        await in_thread(writing.close)
         hit("jobs.replaced")
         for snapshot in replaced.snapshots:
             world.bus.publish(Happening.UPDATED, snapshot)
@@ -338,25 +342,31 @@ class Jobs:
 
         if (await self._world.write(write)).state.is_over:
             del self._writings[writing.job.id]
-            await in_thread(writing.close, keep=False)
+            await in_thread(writing.close)
 
     async def _give_up(self, job: Job, error: StrataboxError, *, postpone: bool = False) -> None:
         log.warning("job %s (%s of layer %s): %s", job.id, job.kind, job.layer, error.message)
         writing = self._writings.pop(job.id, None)
         if writing is not None:
-            await in_thread(writing.close, keep=False)
+            await in_thread(writing.close)
         reason = f"{error.reason}: {error.message}"
         state = JobState.QUEUED if postpone else JobState.FAILED
         if postpone:
             self._postponed.add(job.id)
 
-        def write(tx: Transaction) -> None:
+        def write(tx: Transaction) -> bool:
             if _is_replaced(tx, job):
                 jobs.change(tx, job.id, state=JobState.DONE)
-            elif jobs.get(tx, job.id).state is JobState.RUNNING:
+                return True
+            if jobs.get(tx, job.id).state is JobState.RUNNING:
                 jobs.change(tx, job.id, state=state, reason=reason, done_bytes=0)
+            return False
 
-        await self._world.write(write)
+        is_replaced = await self._world.write(write)
+        if writing is not None and not is_replaced:
+            # A commit that failed cannot come back any more: another one has taken its place.
+            writing.is_offered = False
+            await in_thread(writing.close)
 
     # Inside
 

@@ -44,6 +44,9 @@ class Writing:
         """Set: `run` returns soon."""
         self.written = False
         self.compared = False
+        self.is_offered = False
+        """The catalog was asked to have the new layer, and may have it. A file that is in doubt
+        stays; where it has no row, the next start removes it."""
         self._layout = layout
         self._rewrite: Rewrite | None = None
 
@@ -130,11 +133,11 @@ class Writing:
                 hit("jobs.compared")
         return not self.stop.is_set()
 
-    def close(self, *, keep: bool) -> None:
-        """Let go of the files. :param keep: the new layer has its row; otherwise it is removed."""
+    def close(self) -> None:
+        """Let go of the files, and remove the new layer unless it is offered. May be repeated."""
         if self._rewrite is not None:
             self._rewrite.close()
-        if not keep:
+        if not self.is_offered:
             self.target.unlink(missing_ok=True)
 
     def _goes_on(self) -> bool:

@@ -39,6 +39,31 @@ async def settle(awaitable: Awaitable[T]) -> T:
         raise
 
 
+async def carried_through(awaitable: Awaitable[T]) -> T:
+    """Wait for something that must be known to have happened when it has.
+
+    As `settle`, but for one thing: a waiter that is cancelled meanwhile gets the result all the
+    same, and hears of the cancellation at its next step. It would undo, or forget, what is done.
+    Nothing that ends within `asyncio.timeout` may end with this: the cancellation would be left.
+    """
+    future = asyncio.ensure_future(awaitable)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        while not future.done():
+            try:
+                await asyncio.wait({future})
+            except asyncio.CancelledError:
+                continue
+        if future.cancelled() or future.exception() is not None:
+            raise
+        task = asyncio.current_task()
+        assert task is not None
+        task.uncancel()
+        task.cancel()
+        return future.result()
+
+
 @asynccontextmanager
 async def undone_by(undo: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
     """Run `undo` to its end when the body fails or is cancelled."""
