@@ -183,6 +183,26 @@ def test_only_an_emulated_cpu_is_not_timed() -> None:
     assert values(command_line.build(spec, "name", NamedFiles()), "-append") == [NASTY]
 
 
+@pytest.mark.parametrize(
+    ("accelerator", "cpus", "version", "told"),
+    [
+        ("tcg", 2, "7.2.22", "tcg,thread=single"),
+        ("tcg", 2, "8.1.9", "tcg,thread=single"),
+        ("tcg", 2, "8.2.0", "tcg"),
+        ("tcg", 2, "10.0.2", "tcg"),
+        ("tcg", 1, "7.2.22", "tcg"),
+        ("kvm", 2, "7.2.22", "kvm"),
+    ],
+)
+def test_several_emulated_cpus_take_turns_where_they_must(
+    accelerator: str, cpus: int, version: str, told: str
+) -> None:
+    spec = make_spec([layer()])
+    machine = replace(spec.machine, accelerator=accelerator, qemu_version=version)
+    arguments = command_line.build(replace(spec, machine=machine, cpus=cpus), "name", NamedFiles())
+    assert values(arguments, "-accel") == [told]
+
+
 def test_a_guest_that_boots_by_itself_gets_no_kernel() -> None:
     arguments = command_line.build(make_spec([layer()], kernel=False), "name", NamedFiles())
     assert not {"-kernel", "-initrd", "-append"} & set(arguments)

@@ -65,6 +65,11 @@ _KERNEL_WORDS = {"tcg": " no_timer_check"}
 """By accelerator. Linux counts ticks while it boots, and panics when the emulated CPU was not run
 meanwhile ("IO-APIC + timer doesn't work!", seen on a busy host); under KVM it does not do that."""
 
+_SOUND_THREADS = (8, 2)
+"""The first QEMU whose emulated CPUs can run at once. In those before, one that touches a device
+while another one maps some finds nothing there, and QEMU ends by SIGSEGV: once in some thousand
+boots (QEMU's commit "softmmu: Use async_run_on_cpu in tcg_commit")."""
+
 
 class Files(Protocol):
     """How the QEMU that is started gets at files and sockets."""
@@ -103,6 +108,14 @@ class Files(Protocol):
         """Arguments that hand over descriptors. Asked after everything else."""
 
 
+def _accelerator(spec: DomainSpec) -> str:
+    machine = spec.machine
+    if machine.accelerator != "tcg" or spec.cpus == 1:
+        return machine.accelerator
+    version = tuple(int(number) for number in machine.qemu_version.split(".")[:2])
+    return "tcg" if version >= _SOUND_THREADS else "tcg,thread=single"
+
+
 def build(spec: DomainSpec, name: str, files: Files) -> list[str]:
     """QEMU's arguments, without the program itself.
 
@@ -119,7 +132,7 @@ def build(spec: DomainSpec, name: str, files: Files) -> list[str]:
         *("-display", "none"),
         *("-msg", "timestamp=on"),
         *("-machine", f"{machine.machine_type},{MACHINE_PROPERTIES}"),
-        *("-accel", machine.accelerator),
+        *("-accel", _accelerator(spec)),
         *("-cpu", machine.cpu_model),
         *("-smp", f"cpus={spec.cpus},sockets=1,cores={spec.cpus},threads=1"),
         *("-m", f"size={spec.memory}M"),
