@@ -81,7 +81,7 @@ class Sandboxes:
     async def end(self, sandbox: SandboxId) -> Sandbox:
         """Bring one sandbox to TERMINATED, from wherever it is."""
         world, guest = self._world, self._guests.of(sandbox)
-        async with guest.in_a_hurry():
+        async with guest.lock.in_a_hurry():
             record = await guest.record()
             if record.state is SandboxState.TERMINATED:
                 return record

@@ -31,6 +31,7 @@ from stratabox.daemon.hypervisor.guest.exec_port import ExecPort
 from stratabox.daemon.hypervisor.machine import DomainHandle
 from stratabox.daemon.hypervisor.qemu_host import random_mac
 from stratabox.daemon.lifecycle.common.events import Happening
+from stratabox.daemon.lifecycle.common.guest_lock import GuestLock
 from stratabox.daemon.lifecycle.common.threads import in_thread, settle, undone_by
 from stratabox.daemon.lifecycle.memory.memories import Origin
 from stratabox.daemon.lifecycle.memory.spares import Spare
@@ -70,9 +71,7 @@ class Guest:
 
     def __init__(self, world: World, sandbox: SandboxId) -> None:
         self.id = sandbox
-        self.lock = asyncio.Lock()
-        self.hurry = asyncio.Event()
-        """Set by whoever wants the guest gone now: an orderly shutdown stops waiting."""
+        self.lock = GuestLock()
         self.telling = Telling(world, sandbox)
         self.wiring = Wiring(world, sandbox)
         self.has_volumes = False

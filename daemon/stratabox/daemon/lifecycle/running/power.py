@@ -54,10 +54,7 @@ async def stop(world: World, guest: Guest, *, force: bool, timeout: float) -> Sa
     :param timeout: seconds that the guest may take.
     :raise DeniedError: INVALID_STATE.
     """
-    if force:
-        guest.hurry.set()
-    async with guest.lock:
-        guest.hurry.clear()
+    async with guest.lock.in_a_hurry() if force else guest.lock:
         sandbox = await guest.record()
         if sandbox.state is SandboxState.STOPPED:
             return sandbox
@@ -192,7 +189,7 @@ async def _shut_down(guest: Guest, timeout: float) -> str:
     except StrataboxError as error:
         log.warning("sandbox %s: no orderly shutdown: %s", guest.id, error)
         return f"the guest did not take the request: {error.message}"
-    hurry = asyncio.create_task(guest.hurry.wait())
+    hurry = asyncio.create_task(guest.lock.hurry.wait())
     try:
         either: set[asyncio.Future[Any]] = {hurry, domain.exited}
         await asyncio.wait(either, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)

@@ -24,6 +24,7 @@ from stratabox.daemon.hypervisor.guest import volumes as in_guest
 from stratabox.daemon.hypervisor.guest.agent import GuestAgent
 from stratabox.daemon.hypervisor.machine import STAND_IN, DomainVolume
 from stratabox.daemon.lifecycle.common.events import Happening
+from stratabox.daemon.lifecycle.common.guest_lock import GuestLock
 from stratabox.daemon.lifecycle.common.threads import in_thread
 from stratabox.daemon.lifecycle.volumes import places
 from stratabox.daemon.lifecycle.world import World
@@ -89,8 +90,7 @@ class Guestlike(Protocol):
     """What is needed of a sandbox's running side."""
 
     id: SandboxId
-    lock: asyncio.Lock
-    hurry: asyncio.Event
+    lock: GuestLock
     has_volumes: bool
     failed_nodes: set[str]
 
@@ -112,7 +112,7 @@ def running(world: World, guest: Guestlike) -> Running:
         id=guest.id,
         domain=guest.require_domain(),
         agent=guest.require_agent(),
-        hurry=guest.hurry,
+        hurry=guest.lock.hurry,
         failed_nodes=guest.failed_nodes,
     )
 
