@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from stratabox.client import Client, Sandbox, SandboxState, Snapshot, SnapshotState
+from stratabox.client import (
+    AgentUnavailableError,
+    Client,
+    Sandbox,
+    SandboxState,
+    Snapshot,
+    SnapshotState,
+)
 from support import disks
 from support.daemon import DaemonProcess, daemon
 from support.rig import eventually, wait_idle
@@ -210,3 +219,28 @@ def test_layers_that_a_job_has_replaced_are_in_the_newest_backup(tmp_path: Path)
             process.check_consistent()
             checked = client.check(deep=True)
             assert (checked.findings, checked.quarantined_files) == ((), 1)  # the old catalog
+
+
+def test_a_guest_that_reboots_while_the_catalog_is_locked(tmp_path: Path) -> None:
+    """Whether it is ready is written down as soon as that can be."""
+    boot = "cat /proc/sys/kernel/random/boot_id"
+    with daemon(tmp_path) as process, process.start() as client:
+        client.images.build_tiny()
+        box = client.sandboxes.create(image="tiny", memory=128)
+        before = box.execute(boot).stdout
+        with (
+            box.spawn("read line; echo b >/proc/sysrq-trigger", stdin=True) as rebooting,
+            closing(sqlite3.connect(process.state / "catalog.db", isolation_level=None)) as other,
+        ):
+            other.execute("BEGIN IMMEDIATE")
+            rebooting.write(b"\n")
+            eventually(lambda: "is ready is not written yet" in process.log.read_text())
+            other.execute("ROLLBACK")
+
+        def has_rebooted() -> bool:
+            with suppress(AgentUnavailableError):
+                return box.execute(boot).stdout != before
+            return False
+
+        eventually(has_rebooted)
+        client.sandboxes.wait_ready(box.id, timeout=120)

@@ -207,21 +207,18 @@ def merge_memory(rig: Rig, point: str) -> Scenario:
     rows = "SELECT id, parent FROM rams"
     # What was deleted before is merged by now: the kill is for what is deleted then.
     rig.client.snapshots.delete(rig.client.snapshots.create(rig.witness.id, quick=True).id)
-    chain = sorted([(first.id, None), (gone.id, first.id), (last.id, gone.id)])
-    eventually(lambda: sorted(rig.process.rows(rows)) == chain)
+    chain = {(first.id, None), (gone.id, first.id), (last.id, gone.id)}
+    eventually(lambda: set(rig.process.rows(rows)) == chain)
 
     def call() -> None:
         rig.client.snapshots.delete(gone.id)
         eventually(lambda: not rig.client.host().pid)
 
     yield call
-    eventually(
-        lambda: sorted(rig.process.rows(rows)) == sorted([(first.id, None), (last.id, first.id)])
-    )
+    eventually(lambda: set(rig.process.rows(rows)) == {(first.id, None), (last.id, first.id)})
     rig.process.check_consistent()
-    copy = rig.client.snapshots.restore(last.id, verify=True)
-    assert copy.execute("cat /ram/* | sha256sum").stdout == digest
-    copy.delete()
+    with rig.client.snapshots.restore(last.id, verify=True) as copy:
+        assert copy.execute("cat /ram/* | sha256sum").stdout == digest
     rig.clear()
 
 

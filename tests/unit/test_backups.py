@@ -30,6 +30,7 @@ from stratabox.storage.model.errors import (
     NoSpaceError,
     NotFoundError,
     StrataboxError,
+    UnavailableError,
 )
 from support.files import mode
 from support.records import Maker
@@ -425,7 +426,7 @@ def test_a_catalog_that_another_program_holds_is_refused_and_harmed_by_nobody(
         tx.connection.execute("PRAGMA busy_timeout = 20")
     with closing(sqlite3.connect(layout.catalog, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(DeniedError) as caught:
+        with pytest.raises(UnavailableError) as caught:
             put(catalog, maker)
         assert caught.value.reason == "CATALOG_BUSY"
         assert str(layout.catalog) in caught.value.message

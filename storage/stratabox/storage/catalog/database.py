@@ -272,7 +272,7 @@ class Catalog:
             if error.sqlite_errorcode in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE):
                 raise NoSpaceError(f"no space left for the catalog {self._path}") from error
             if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
-                raise DeniedError(
+                raise UnavailableError(
                     f"the catalog {self._path} is locked by another program", reason="CATALOG_BUSY"
                 ) from error
             raise UnavailableError(

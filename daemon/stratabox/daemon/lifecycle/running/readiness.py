@@ -19,7 +19,9 @@ From "it answers" on it can be worked with; only the record, and whoever waits, 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from stratabox.daemon.hypervisor.domain import Domain
 from stratabox.daemon.hypervisor.guest.agent import GuestAgent
@@ -28,13 +30,24 @@ from stratabox.daemon.lifecycle.running.telling import Telling
 from stratabox.daemon.lifecycle.world import World
 from stratabox.storage.catalog import sandboxes
 from stratabox.storage.catalog.database import Transaction
-from stratabox.storage.model.errors import FailedError, StrataboxError, UnavailableError
+from stratabox.storage.model.errors import (
+    FailedError,
+    NoSpaceError,
+    StrataboxError,
+    UnavailableError,
+)
 from stratabox.storage.model.probes import Probe
 from stratabox.storage.model.records import Sandbox
 from stratabox.storage.model.states import SandboxState
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 _PAUSE_SECONDS = 0.05
 """Between two tries of a probe at least, however long they take."""
+_WRITE_SECONDS = 2.0
+"""Until what the catalog did not take is written again."""
 
 
 class Readiness:
@@ -159,7 +172,7 @@ class Readiness:
             return old.probe, self._write(tx, old, ready=False, answers=True, state_reason=waits)
 
         # Written first: whoever is woken by it reads a record that says so.
-        probe, record = await self._world.write(write)
+        probe, record = await self._written(write)
         if record is not None:
             self._world.bus.publish(Happening.UPDATED, record)
         return probe
@@ -215,7 +228,7 @@ class Readiness:
 
         :param answers: its agent does, although it is not ready.
         """
-        record = await self._world.write(
+        record = await self._written(
             lambda tx: self._write(
                 tx,
                 sandboxes.get(tx, self._telling.id),
@@ -226,6 +239,17 @@ class Readiness:
         )
         if record is not None:
             self._world.bus.publish(Happening.UPDATED, record)
+
+    async def _written(self, change: Callable[[Transaction], T]) -> T:
+        """Write it, as soon as the catalog can be written: a disk that was full for a moment must
+        not keep a guest from ever being ready.
+        """
+        while True:
+            try:
+                return await self._world.write(change)
+            except (NoSpaceError, UnavailableError) as error:
+                log.warning("whether %s is ready is not written yet: %s", self._telling.id, error)
+                await asyncio.sleep(_WRITE_SECONDS)
 
     def _write(
         self, tx: Transaction, old: Sandbox, *, ready: bool, answers: bool, state_reason: str
