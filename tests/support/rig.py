@@ -46,10 +46,15 @@ def standing(mark: Path) -> Iterator[None]:
 
 
 def wait_idle(process: DaemonProcess) -> None:
-    """Wait until no job is due, and nothing that is to be removed is there."""
+    """Wait until no job is due, and nothing that is to be removed is there.
+
+    That an image has one more sandbox is noted, too, and looked at a second later; no job comes of
+    that.
+    """
     due = (
         "SELECT 1 FROM jobs WHERE state IN ('queued', 'running')"
         " UNION ALL SELECT 1 FROM chain_hints"
+        " WHERE layer NOT IN (SELECT layer FROM images WHERE layer IS NOT NULL)"
         " UNION ALL SELECT 1 FROM layers WHERE state = 'garbage'"
     )
     # They yield to everything else, and so may take long on a host that is busy.
