@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import signal
 from collections import deque
@@ -35,8 +36,45 @@ _NO_SPACE = (
     "have enough free space",
     "Could not allocate block in ext2 filesystem",
 )
+_TROUBLE = re.compile(r"dpkg: error |E: |.*\berror: ")
 _TAIL_LINES = 30
+_BEFORE, _AFTER = 12, 2
+"""Lines that are kept around the first trouble, whose cause stands before it."""
 _GRACE_S = 10.0
+
+
+class _Words:
+    """What is kept of what a tool says: the last lines, and those around its first trouble."""
+
+    def __init__(self) -> None:
+        self.has_room = True
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._count = 0
+        self._first: list[str] = []
+        self._first_until = 0
+
+    def take(self, line: str) -> None:
+        """One line more."""
+        self._tail.append(line)
+        self._count += 1
+        if any(sign in line for sign in _NO_SPACE):
+            self.has_room = False
+        if not self._first and _TROUBLE.match(line):
+            self._first = list(self._tail)[-_BEFORE - 1 :]
+            self._first_until = self._count + _AFTER
+        elif self._count <= self._first_until:
+            self._first.append(line)
+
+    def tail(self) -> str:
+        """The last lines."""
+        return "\n".join(self._tail)
+
+    def trouble(self) -> str:
+        """The last lines; before them, where it is not among them, the first trouble."""
+        begun = self._first_until - _AFTER - _BEFORE
+        if not self._first or begun > self._count - _TAIL_LINES:
+            return self.tail()
+        return "\n".join([*self._first, "…", *self._tail])
 
 
 def require(*tools: str) -> None:
@@ -76,7 +114,7 @@ async def run(
     :param good: Exit codes that are no failure.
     :raise DeniedError: TOOL_MISSING.
     :raise NoSpaceError: NO_SPACE, when the tool said so.
-    :raise FailedError: IMAGE_BUILD_FAILED; the message has the tail of the tool's words.
+    :raise FailedError: IMAGE_BUILD_FAILED; the message has the tool's first trouble and last words.
     """
     require(argv[0])
     process = await asyncio.create_subprocess_exec(
@@ -89,10 +127,10 @@ async def run(
         cwd="/",
         start_new_session=True,
     )
-    tail: deque[str] = deque(maxlen=_TAIL_LINES)
+    words = _Words()
     try:
         async with asyncio.timeout(seconds):
-            await _read(process, tail, on_line)
+            await _read(process, words, on_line)
             code = await process.wait()
     except TimeoutError:
         raise FailedError(
@@ -100,13 +138,14 @@ async def run(
         ) from None
     finally:
         await _end(process)
-    text = "\n".join(tail)
     if code in good:
-        return text
-    if any(sign in text for sign in _NO_SPACE):
+        return words.tail()
+    if not words.has_room:
         raise NoSpaceError(f"{what}: no space left on the host's disk.", reason="NO_SPACE")
     fate = f"signal {-code}" if code < 0 else f"exit code {code}"
-    raise FailedError(f"{what}: {argv[0]} failed ({fate}).\n{text}", reason="IMAGE_BUILD_FAILED")
+    raise FailedError(
+        f"{what}: {argv[0]} failed ({fate}).\n{words.trouble()}", reason="IMAGE_BUILD_FAILED"
+    )
 
 
 def _environment() -> dict[str, str]:
@@ -118,7 +157,7 @@ def _environment() -> dict[str, str]:
 
 async def _read(
     process: asyncio.subprocess.Process,
-    tail: deque[str],
+    words: _Words,
     on_line: Callable[[str], None] | None,
 ) -> None:
     assert process.stdout is not None
@@ -130,11 +169,11 @@ async def _read(
             line = raw[:1000].decode(errors="replace").rstrip()
             if not line:
                 continue
-            tail.append(line)
+            words.take(line)
             if on_line:
                 on_line(line)
     if rest.strip():
-        tail.append(rest.decode(errors="replace").rstrip())
+        words.take(rest.decode(errors="replace").rstrip())
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
