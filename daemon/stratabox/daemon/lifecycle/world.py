@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass, field, replace
@@ -103,11 +103,22 @@ class World:
         """Run one catalog transaction in its thread; durable when this returns.
 
         It is for the workspace that this task works in. Cancelled or not, the transaction has ended
-        when this does; one that has changed something returns, and the cancellation comes next.
+        when this does; one that was committed returns, and the cancellation comes at the next step.
         """
+        return await self._transact(change, carried_through)
+
+    async def read(self, look: Callable[[Transaction], T]) -> T:
+        """The same, for transactions that change nothing; cancelled, it hears of that."""
+        return await self._transact(look, settle)
+
+    async def _transact(
+        self,
+        change: Callable[[Transaction], T],
+        wait: Callable[[Awaitable[T]], Coroutine[Any, Any, T]],
+    ) -> T:
         run = self._transaction(change)
         try:
-            return await carried_through(self._in_worker(run))
+            return await wait(self._in_worker(run))
         except NoSpaceError as error:
             # Whoever wants to free something must be able to write that down.
             if error.reason != NoSpaceError.default_reason or not await in_thread(
@@ -115,11 +126,7 @@ class World:
             ):
                 raise
             log.warning("the disk is full: its reserve is given up")
-            return await carried_through(self._in_worker(run))
-
-    async def read(self, look: Callable[[Transaction], T]) -> T:
-        """The same, for transactions that change nothing."""
-        return await settle(self._in_worker(self._transaction(look)))
+            return await wait(self._in_worker(run))
 
     def _in_worker(self, run: Callable[[], T]) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self.worker, run)

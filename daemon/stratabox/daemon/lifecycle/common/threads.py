@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
 from typing import Any, ParamSpec, TypeVar
 
 log = logging.getLogger(__name__)
@@ -29,11 +29,7 @@ async def settle(awaitable: Awaitable[T]) -> T:
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        while not future.done():
-            try:
-                await asyncio.wait({future})
-            except asyncio.CancelledError:
-                continue
+        await _until_done(future)
         if not future.cancelled():
             future.exception()  # seen: the cancellation is what the waiter hears of
         raise
@@ -50,11 +46,7 @@ async def carried_through(awaitable: Awaitable[T]) -> T:
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        while not future.done():
-            try:
-                await asyncio.wait({future})
-            except asyncio.CancelledError:
-                continue
+        await _until_done(future)
         if future.cancelled() or future.exception() is not None:
             raise
         task = asyncio.current_task()
@@ -64,7 +56,14 @@ async def carried_through(awaitable: Awaitable[T]) -> T:
         return future.result()
 
 
-@asynccontextmanager
+async def _until_done(future: asyncio.Future[Any]) -> None:
+    """Wait for it, cancelled however often."""
+    while not future.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({future})
+
+
+@contextlib.asynccontextmanager
 async def undone_by(undo: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
     """Run `undo` to its end when the body fails or is cancelled."""
     try:
