@@ -1,7 +1,8 @@
 """The daemon dies, or is ended, at moments that nobody chose, again and again, under load.
 
-In good order it cancels what goes on, which is not what a kill does to it. The named moments are in test_failpoints; this looks for those that nobody has thought of. More
-rounds: ``STRATABOX_SOAK_KILLS=500``; other moments: ``STRATABOX_SOAK_SEED=…``.
+In good order it cancels what goes on, which is not what a kill does to it. The named moments are in
+test_failpoints; this looks for those that nobody has thought of. More rounds:
+``STRATABOX_SOAK_KILLS=500``; other moments: ``STRATABOX_SOAK_SEED=…``.
 """
 
 from __future__ import annotations

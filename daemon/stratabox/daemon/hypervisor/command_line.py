@@ -67,8 +67,8 @@ meanwhile ("IO-APIC + timer doesn't work!", seen on a busy host); under KVM it d
 
 _SOUND_THREADS = (8, 2)
 """The first QEMU whose emulated CPUs can run at once. In those before, one that touches a device
-while another one maps some finds nothing there, and QEMU ends by SIGSEGV: once in some thousand
-boots (QEMU's commit "softmmu: Use async_run_on_cpu in tcg_commit")."""
+while another one maps some may find nothing there, and QEMU ends by SIGSEGV: seen once, in a guest
+that booted (mended by QEMU's commit "softmmu: Use async_run_on_cpu in tcg_commit")."""
 
 
 class Files(Protocol):
