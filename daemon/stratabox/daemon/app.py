@@ -448,13 +448,13 @@ def _activated(config: Config, handed: Mapping[Path, socket.socket]) -> socket.s
 
 
 def _open_catalog(layout: Layout) -> Catalog:
-    try:
-        return open_catalog(layout)
-    except NoSpaceError:
-        if not reserve.release(layout.reserve):
-            raise
-        log.warning("the disk is full: its reserve is given up")
-        return open_catalog(layout)
+    while True:
+        try:
+            return open_catalog(layout)
+        except NoSpaceError:
+            if not reserve.release(layout.reserve):
+                raise
+            log.warning("the disk is full: some of its reserve is given up")
 
 
 def _reload(certificates: Certificates | None) -> None:

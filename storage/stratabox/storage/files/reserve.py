@@ -1,6 +1,8 @@
 """Some room that is given up when the disk is full, so that the catalog can still be written.
 
 Without it a full disk would keep the daemon from starting, and its users from deleting anything.
+Guests that write take whatever comes free, until QEMU stops them, each once. So it is given up in
+slices: what a guest takes of one leaves the others for writing down that it was stopped.
 It is taken again once there is plenty of room; guests that a full disk has stopped are let go on
 only where there is more room than the reserve gives back (`upkeep.full_disk`).
 """
@@ -13,6 +15,8 @@ from pathlib import Path
 from stratabox.storage.model.records import MIB
 
 LARGEST = 16 * MIB
+SLICE = MIB // 2
+"""Far more than one transaction of the catalog takes."""
 _SHARE = 50
 """It takes at most the 50th part of the file system."""
 _PLENTY = 8
@@ -32,12 +36,13 @@ def wanted_bytes(folder: Path) -> int:
 
 
 def release(path: Path) -> bool:
-    """Give it up; False: there was none."""
+    """Give up a slice of it; False: there was none left."""
     try:
         size = path.stat().st_size
-        os.truncate(path, 0)
     except FileNotFoundError:
         return False
+    if size > 0:
+        os.truncate(path, max(0, size - SLICE))
     return size > 0
 
 
