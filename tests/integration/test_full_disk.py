@@ -23,6 +23,7 @@ from stratabox.client import (
     StrataboxError,
 )
 from support import disks
+from support.agents import soon
 from support.daemon import DaemonProcess, small_disk
 from support.rig import eventually, wait_idle
 from support.stored import Stored, to_raw
@@ -147,6 +148,40 @@ def test_a_guest_goes_on_by_itself_once_there_is_room(small: Small) -> None:
     assert result(now) == (b"0\n", expected)
     small.process.check_consistent()
     assert small.client.check().findings == ()
+
+
+def test_what_guests_did_by_themselves_is_written_down_once_there_is_room(small: Small) -> None:
+    """Also when even the reserve was used up before."""
+    names = ("off", "panics", "writes")
+    off, panics, writer = (
+        small.client.sandboxes.create(image="tiny", memory=128, name=name, data_disks=[1])
+        for name in names
+    )
+    expected = writer.execute("yes stratabox | head -c 16000000 | sha256sum", timeout=120).stdout
+    panics.execute(
+        "while ! [ -e /sys/bus/pci/drivers/pvpanic-pci ]; do usleep 50000; done", timeout=300
+    ).check()
+    eventually(lambda: (small.process.state / "reserve").exists())
+    (small.process.state / "reserve").unlink()
+    small.fill()
+    write_much(writer)
+    soon(off, "poweroff -f")
+    soon(panics, "echo c >/proc/sysrq-trigger")
+    happened = f"that {writer.id} was stopped", f"the end of {off.id}", f"the end of {panics.id}"
+    waiting = {f"{what} waits until the catalog can be written" for what in happened}
+    eventually(lambda: all(line in small.process.log.read_text() for line in waiting))
+    small.empty()
+    until(small.client, off.id, lambda record: record.state is SandboxState.STOPPED)
+    assert "powered itself off" in str(small.client.sandboxes.get(off.id).state_reason)
+    until(small.client, panics.id, lambda record: record.state is SandboxState.FAILED)
+    assert "sysrq" in str(small.client.sandboxes.get(panics.id).state_reason).lower()
+    # It was stopped, and goes on by itself as all do.
+    eventually(lambda: disks.status(small.process.state / "sandboxes" / writer.id) == "running")
+    until(small.client, writer.id, runs)
+    assert result(writer) == (b"0\n", expected)
+    small.process.check_consistent()
+    assert small.client.check().findings == ()
+    assert off.start().ready
 
 
 def test_the_daemon_starts_and_serves_on_a_full_disk(small: Small) -> None:

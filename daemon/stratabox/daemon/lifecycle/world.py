@@ -88,7 +88,7 @@ class World:
     opening: Opening = field(default_factory=Opening)
     """Held by whoever reads a chain in the catalog and then opens its files."""
     owed: list[tuple[Callable[[], Awaitable[object]], str]] = field(default_factory=list)
-    """What could not be undone or ended yet, see `surely`."""
+    """What could not be undone, ended or written down yet, see `surely`."""
     when_over: list[Callable[[SandboxId], Awaitable[None]]] = field(default_factory=list)
     """Called with each sandbox that is over, before whoever ended it is answered."""
     housing: Housing = NOWHERE
@@ -117,16 +117,16 @@ class World:
         wait: Callable[[Awaitable[T]], Coroutine[Any, Any, T]],
     ) -> T:
         run = self._transaction(change)
-        try:
-            return await wait(self._in_worker(run))
-        except NoSpaceError as error:
-            # Whoever wants to free something must be able to write that down.
-            if error.reason != NoSpaceError.default_reason or not await in_thread(
-                reserve.release, self.store.layout.reserve
-            ):
-                raise
-            log.warning("the disk is full: its reserve is given up")
-            return await wait(self._in_worker(run))
+        while True:
+            try:
+                return await wait(self._in_worker(run))
+            except NoSpaceError as error:
+                # Whoever wants to free something must be able to write that down.
+                if error.reason != NoSpaceError.default_reason or not await in_thread(
+                    reserve.release, self.store.layout.reserve
+                ):
+                    raise
+                log.warning("the disk is full: some of its reserve is given up")
 
     def _in_worker(self, run: Callable[[], T]) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self.worker, run)
@@ -150,23 +150,30 @@ class World:
             assert isinstance(record, Volume | Job)
             self.bus.publish(Happening(what), record, workspace=owner)
 
-    async def surely(self, step: Callable[[], Awaitable[object]], what: str) -> None:
-        """Do what undoes or ends something; where the catalog cannot be written, later, by itself.
+    async def surely(
+        self,
+        step: Callable[[], Awaitable[object]],
+        what: str,
+        *,
+        later: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
+        """Do what undoes or ends something, or writes down what has happened by itself; where the
+        catalog cannot be written, later, by itself.
 
         :param step: can be done again when it failed half-way.
         :param what: for the log.
+        :param later: what is done then, where the step needs a lock that its caller holds.
         """
         try:
             await step()
         except (NoSpaceError, UnavailableError) as error:
             log.error("%s waits until the catalog can be written: %s", what, error.message)
-            self.owed.append((step, what))
+            self.owed.append((later or step, what))
 
     async def pay(self) -> None:
         """Try again what `surely` could not do."""
-        owed, self.owed[:] = self.owed[:], []
-        for step, what in owed:
-            await self.surely(step, what)
+        for _ in range(len(self.owed)):
+            await self.surely(*self.owed.pop(0))
 
     async def leave(self, sandbox: SandboxId) -> None:
         """Tell all who keep something for a sandbox that it is over, and wait until they have

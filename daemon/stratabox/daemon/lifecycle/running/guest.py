@@ -482,9 +482,5 @@ class Guest:
             self._release()
             await self._kill(domain)
             log.warning("sandbox %s ended: %s", self.id, ending.reason)
-            await self._world.change_sandbox(
-                self.id,
-                state=SandboxState.STOPPED if ending.guest else SandboxState.FAILED,
-                state_reason=ending.reason,
-                ready=False,
-            )
+            state = SandboxState.STOPPED if ending.guest else SandboxState.FAILED
+            await mishaps.ended(self._world, self, state, ending.reason)

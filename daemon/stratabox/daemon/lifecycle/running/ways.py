@@ -67,4 +67,5 @@ class Ways:
             machine = sandboxes.get(tx, self._id).machine
             sandboxes.change(tx, self._id, machine=replace(machine, channel_port=port))
 
-        self._world.tasks.spawn(self._world.write(write), f"channel of {self._id}")
+        what = f"channel of {self._id}"
+        self._world.tasks.spawn(self._world.surely(lambda: self._world.write(write), what), what)
