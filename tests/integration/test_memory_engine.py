@@ -221,7 +221,7 @@ async def test_a_restored_guest_has_the_same_ram(guest: Running, memories: Memor
     handle = await memories.bench.launcher.start(spec)
     try:
         domain = await Domain.attach(handle, lambda event: None)
-        await load.wait_loaded(domain)
+        await load.load_devices(domain, wired=spec.machine.uplink)
         assert await domain.status() == "paused"
         restored = Running(spec, domain, guest.agent)
         # QEMU writes the new generation id into the guest, KVM its clock, and nobody anything else.

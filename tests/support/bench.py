@@ -22,7 +22,7 @@ from stratabox.daemon.hypervisor.machine import (
     Launcher,
     SavedMemory,
 )
-from stratabox.daemon.hypervisor.memory.load import wait_loaded
+from stratabox.daemon.hypervisor.memory.load import load_devices
 from stratabox.daemon.hypervisor.qemu import QemuLauncher
 from stratabox.daemon.hypervisor.qemu_host import QemuHost
 from stratabox.daemon.images.artifact import BuiltImage, no_progress
@@ -151,7 +151,7 @@ async def running(launcher: Launcher, spec: DomainSpec) -> AsyncIterator[Running
         domain = await Domain.attach(handle, hear, fresh=True)
         try:
             if spec.saved is not None:
-                await wait_loaded(domain)
+                await load_devices(domain, wired=spec.machine.uplink)
             # Nobody is at the other end of its network: see Domain.wired.
             await domain.set_link(up=False)
             await domain.cont()

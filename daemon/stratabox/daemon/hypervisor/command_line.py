@@ -80,9 +80,6 @@ class Files(Protocol):
     def ram(self) -> str:
         """File that the guest's RAM is a private mapping of."""
 
-    def state(self) -> str | None:
-        """Where QEMU loads the devices' state from, as for -incoming; None: it loads none."""
-
     def bios(self) -> str:
         """File name of the BIOS, for a block node."""
 
@@ -138,7 +135,7 @@ def build(spec: DomainSpec, name: str, files: Files) -> list[str]:
         *("-m", f"size={spec.memory}M"),
         *("-rtc", "base=utc"),
         *_boot(spec, files),
-        *_incoming(files),
+        *_incoming(spec),
         *hardware(spec, files),
         *("-sandbox", SANDBOX),
         *files.extra(),
@@ -383,12 +380,12 @@ def _boot(spec: DomainSpec, files: Files) -> list[str]:
     ]
 
 
-def _incoming(files: Files) -> list[str]:
-    state = files.state()
-    if state is None:
+def _incoming(spec: DomainSpec) -> list[str]:
+    if spec.saved is None:
         return []
-    # The state was saved without the section in which a stream describes its machine.
-    return ["-incoming", state, "-global", "migration.send-configuration=off"]
+    # Loaded when it is told to: `memory.load`. The state was saved without the section in which a
+    # stream describes its machine.
+    return ["-incoming", "defer", "-global", "migration.send-configuration=off"]
 
 
 def _devices(spec: DomainSpec, files: Files) -> list[str]:
@@ -422,11 +419,7 @@ def _network(spec: DomainSpec, files: Files) -> list[str]:
         "server": True,
         "addr": dict(files.network("net.sock")),
     }
-    # A card that has loaded its state announces itself, unless told not to. A stream begins to
-    # listen when QEMU has nothing else to do; until then it is not marked as unconnected
-    # (net/stream.c, link_down), and QEMU ends by SIGSEGV at the first packet: seen in 1 of 650
-    # restores on a busy host. Nobody needs to hear it: a helper knows its only guest.
-    return ["-netdev", _json(wire), "-global", "migration.announce-rounds=0"]
+    return ["-netdev", _json(wire)]
 
 
 def _pci(driver: str, name: str, slot: int, **properties: object) -> str:

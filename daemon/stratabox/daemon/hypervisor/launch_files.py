@@ -91,7 +91,8 @@ class InheritedFiles:
         return self._again(saved.ram, os.O_RDONLY)
 
     def state(self) -> str | None:
-        """An own open file of the saved state: many start from it, each at its beginning."""
+        """What QEMU is to load, as for migrate-incoming: an own open file of the saved state, since
+        many start from it, each at its beginning. None: nothing."""
         if self._spec.saved is None:
             return None
         return f"fd:{self._again(self._spec.saved.state, os.O_RDONLY).rpartition('/')[2]}"

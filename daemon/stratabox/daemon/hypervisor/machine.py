@@ -143,6 +143,8 @@ class DomainHandle:
     """Our end of its serial console, where this daemon has started it. Whoever attaches takes it,
     and `Launcher.stop` closes it where nobody did. QEMU has it before it loads saved memory: a
     guest that waited for its console to take a byte would else wait for ever."""
+    incoming: str | None = field(default=None, compare=False, repr=False)
+    """What it is to load, see `memory.load`; of a domain started now, and from saved memory."""
 
 
 class Launcher(Protocol):

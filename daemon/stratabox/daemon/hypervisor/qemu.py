@@ -103,6 +103,7 @@ class QemuLauncher(launching.Processes):
         with InheritedFiles(spec) as files, launching.open_log(spec.folder) as log:
             command = [str(self._host.path), *command_line.build(spec, name, files)]
             environment = {**launching.ENVIRONMENT, **files.environment()}
+            incoming = files.state()
             console = sockets.connect(spec.folder, sockets.CONSOLE)
             try:
                 if self._confinement.walls is Walls.PLAIN:
@@ -123,6 +124,7 @@ class QemuLauncher(launching.Processes):
             started=started or 0,
             folder=spec.folder,
             console=console,
+            incoming=incoming,
         )
 
     def _spawn_confined(

@@ -163,6 +163,7 @@ class LibvirtLauncher(launching.Processes):
                         started=0,
                         folder=spec.folder,
                         console=sockets.connect(spec.folder, sockets.CONSOLE),
+                        incoming=files.state(),
                     )
                     xml = domain_xml.build(
                         spec,

@@ -12,7 +12,7 @@
 | `hot` | saved memories that are ready to be mapped |
 | `headroom` | how much of the host's memory is left for what only makes things faster |
 | `threads` | steps that must come to their end |
-| `load` | waits for a QEMU that was started with saved memory |
+| `load` | has a QEMU that was started with saved memory take it |
 | `fits` | pure: what keeps a saved machine from running here |
 
 `dirtytrack.c` becomes a library that is preloaded into QEMU, where a compiler was there to build

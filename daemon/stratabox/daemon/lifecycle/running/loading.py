@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from stratabox.daemon.hypervisor.domain import Domain
 from stratabox.daemon.hypervisor.events import OnEvent
-from stratabox.daemon.hypervisor.memory.load import wait_loaded
+from stratabox.daemon.hypervisor.memory.load import load_devices
 from stratabox.daemon.lifecycle.common.threads import settle
 from stratabox.daemon.lifecycle.memory.memories import Origin
 from stratabox.daemon.lifecycle.world import World
@@ -47,7 +47,7 @@ async def load(
         hit("boot.started")
         domain = await Domain.attach(handle, on_event, fresh=True, console=world.console_limits)
         if memory is not None:
-            await wait_loaded(domain)
+            await load_devices(domain, wired=sandbox.machine.uplink)
     except BaseException:
         if domain is not None:
             await settle(domain.detach())
