@@ -65,13 +65,13 @@ class Certificates:
         except InvalidArgumentError as error:
             log.error("the certificate in force stays: %s", error.message)
             return False
+        for each in self.on_reload:
+            each()
         log.info(
             "the certificate %s was read again; it is good until %s",
             self.files.certificate,
             self.current.expires_at.isoformat(timespec="seconds"),
         )
-        for each in self.on_reload:
-            each()
         return True
 
     def ssl_context(self) -> ssl.SSLContext:
