@@ -111,12 +111,15 @@ class Guest:
             folder=self.folder,
             uid=None,
         )
-        files = _Files(spec, self._ram, state, self._listening)
+        files = _Files(spec, self._ram, self._listening)
         arguments = command_line.build(spec, "floor", files)
         confined = arguments.index("-sandbox")
         del arguments[confined : confined + 2]
         given = [listening.fileno() for listening in self._listening.values()]
         if state is not None:
+            # Loaded as QEMU starts, and so sooner than by our daemon, whose guests have an uplink.
+            arguments += ["-incoming", f"fd:{state}"]
+            arguments += ["-global", "migration.send-configuration=off"]
             given += [state, int(self._ram.rpartition("/")[2])]
         with (self.folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
@@ -265,10 +268,8 @@ def anonymous_bytes(pid: int) -> int:
 class _Files:
     """Names of what QEMU opens; implements `command_line.Files`."""
 
-    def __init__(
-        self, spec: DomainSpec, ram: str, state: int | None, listening: dict[str, socket.socket]
-    ) -> None:
-        self._spec, self._ram, self._state, self._listening = spec, ram, state, listening
+    def __init__(self, spec: DomainSpec, ram: str, listening: dict[str, socket.socket]) -> None:
+        self._spec, self._ram, self._listening = spec, ram, listening
 
     def firmware_dir(self) -> str:
         """A plain path, as all others."""
@@ -277,10 +278,6 @@ class _Files:
     def ram(self) -> str:
         """Zeros, or a sealed file."""
         return self._ram
-
-    def state(self) -> str | None:
-        """An inherited descriptor."""
-        return None if self._state is None else f"fd:{self._state}"
 
     def bios(self) -> str:
         """The flash's file."""
