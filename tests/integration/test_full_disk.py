@@ -161,6 +161,13 @@ def test_what_guests_did_by_themselves_is_written_down_once_there_is_room(small:
     panics.execute(
         "while ! [ -e /sys/bus/pci/drivers/pvpanic-pci ]; do usleep 50000; done", timeout=300
     ).check()
+    for each in (off, panics, writer):
+        # What they have yet to write to their own disks would stop them first.
+        each.execute(
+            "echo u >/proc/sysrq-trigger; until grep -q ' / [^ ]* ro' /proc/mounts; do"
+            " usleep 50000; done; sync",
+            timeout=120,
+        ).check()
     eventually(lambda: (small.process.state / "reserve").exists())
     (small.process.state / "reserve").unlink()
     small.fill()

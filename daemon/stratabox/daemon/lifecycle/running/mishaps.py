@@ -1,12 +1,11 @@
 """What happens to a running guest by itself, and what its record says of it then.
 
-Each takes the guest's lock, as use cases do, and looks again before it acts. What the catalog
+Each holds the guest's lock, as use cases do, and looks again before it acts. What the catalog
 cannot be told (the disk that has stopped the guest is the catalog's, too) it is told later.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from stratabox.daemon.hypervisor.events import BlockError, Panicked
@@ -22,8 +21,18 @@ if TYPE_CHECKING:
 
 async def stopped_by_itself(world: World, guest: Guest, event: Panicked | BlockError) -> None:
     """QEMU has stopped the guest: its kernel panicked, or a disk of the host failed."""
-    stopped = _panicked if isinstance(event, Panicked) else partial(_disk_stopped, event)
-    await world.surely(partial(stopped, world, guest), f"that {guest.id} was stopped")
+
+    async def note() -> None:
+        async with guest.lock:
+            domain = guest.domain
+            if domain is None or (await guest.record()).state is not SandboxState.RUNNING:
+                return
+            if isinstance(event, Panicked):
+                await _panicked(world, guest)
+            elif await domain.status() != "running":  # else somebody has let it run again
+                await _disk_stopped(world, guest, event)
+
+    await world.surely(note, f"that {guest.id} was stopped")
 
 
 async def disk_failed(world: World, guest: Guest, event: BlockError) -> None:
@@ -57,37 +66,18 @@ async def ended(world: World, guest: Guest, state: SandboxState, reason: str) ->
 
 
 async def _panicked(world: World, guest: Guest) -> None:
-    async with guest.lock:
-        if not await _runs(guest):
-            return
-        # What it panicked of comes first, the stack of calls after it can be long.
-        console = guest.last_words("Kernel panic")
-        await guest.end()
-        reason = f"the guest's kernel panicked; its console says: {console}"
-        await ended(world, guest, SandboxState.FAILED, reason)
+    # What it panicked of comes first, the stack of calls after it can be long.
+    console = guest.last_words("Kernel panic")
+    await guest.end()
+    reason = f"the guest's kernel panicked; its console says: {console}"
+    await ended(world, guest, SandboxState.FAILED, reason)
 
 
-async def _disk_stopped(event: BlockError, world: World, guest: Guest) -> None:
-    async with guest.lock:
-        domain = guest.domain
-        if domain is None or not await _runs(guest):
-            return
-        if await domain.status() == "running":
-            return  # somebody has let it run again
-        reason = reasons.PAUSED_FULL if event.nospace else reasons.PAUSED_FAILED
-        record = await guest.record()
-        await world.change_sandbox(
-            guest.id,
-            state=SandboxState.PAUSED,
-            state_reason=reasons.keeping(record.state_reason, reason),
-        )
-
-
-async def _runs(guest: Guest) -> bool:
-    """It does by its record, too: no use case has stopped or ended it meanwhile."""
-    if guest.domain is None:
-        return False
-    try:
-        return (await guest.record()).state is SandboxState.RUNNING
-    except NotFoundError:
-        return False
+async def _disk_stopped(world: World, guest: Guest, event: BlockError) -> None:
+    reason = reasons.PAUSED_FULL if event.nospace else reasons.PAUSED_FAILED
+    record = await guest.record()
+    await world.change_sandbox(
+        guest.id,
+        state=SandboxState.PAUSED,
+        state_reason=reasons.keeping(record.state_reason, reason),
+    )
